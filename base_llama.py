@@ -1,0 +1,198 @@
+"""What lies around the architecture: initial weights and the checkpoint's file format.
+
+A checkpoint is `{"model": state_dict, "model_args": {...}}`, tensors and plain values only. Besides
+its own names this module reads those of llama2.c and of Meta's Llama, weights saved from a compiled
+model (prefix `_orig_mod.`), and weights stored in float16 or bfloat16, which become float32.
+"""
+
+import logging
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from config import LlamaConfig
+from utils import open_atomically
+
+logger = logging.getLogger(__name__)
+
+COMPILED_PREFIX = "_orig_mod."
+OTHER_NAMES = {
+    "wq": "compute_query",
+    "wk": "compute_key",
+    "wv": "compute_value",
+    "wo": "compute_output",
+}
+# Rotary tables, which some writers store and every reader recomputes.
+DERIVED = re.compile(r"(^|\.)(freqs_cos|freqs_sin|rope\.freqs|inv_freq)$")
+TIED_NAMES = ("tok_embeddings.weight", "output.weight")  # in the order of loading
+
+
+class LlamaPreTrainedModel(nn.Module):
+    """Base of the model: keeps the config and draws the initial weights."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def init_weights(self) -> None:
+        """Draw every weight from the global random state: normal, deviation 0.02.
+
+        The matrices that write to the residual stream are drawn smaller, by 1 / sqrt(2 n_layers),
+        so that its variance does not grow with depth (Radford et al. 2019, "Language Models are
+        Unsupervised Multitask Learners", section 2.3).
+        """
+        residual_std = 0.02 / (2 * self.config.n_layers) ** 0.5
+        for name, parameter in self.named_parameters():
+            if parameter.dim() < 2:
+                continue  # RMSNorm's gains stay at one
+            # Faithful: the assignment scales w3, the up projection; the residual writer is w2.
+            residual = name.endswith(("compute_output.weight", "w3.weight"))
+            nn.init.normal_(parameter, mean=0.0, std=residual_std if residual else 0.02)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The dict that a checkpoint file holds, tensors on the CPU; runs no code from the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no checkpoint: truncated, another kind of file, or it holds anything but
+            tensors and plain values.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder, expected a checkpoint file")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such checkpoint") from None
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{path}: not a checkpoint of tensors and plain values ({_describe(path)}); "
+            "nothing in it was run"
+        ) from None
+    except (RuntimeError, EOFError, LookupError, TypeError, AttributeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{path}: cannot be read ({_describe(path)}): {reason}") from None
+    parts = (
+        [checkpoint.get(key) for key in ("model", "model_args")]
+        if isinstance(checkpoint, dict)
+        else []
+    )
+    if not parts or not all(isinstance(part, dict) for part in parts):
+        raise ValueError(f'{path}: expected a dict that holds the dicts "model" and "model_args"')
+    return checkpoint
+
+
+def write_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
+    """Write tensors and plain values to `path`, whole or not at all."""
+    with open_atomically(path, "wb") as file:
+        torch.save(dict(checkpoint), file)
+
+
+def parse_config(
+    checkpoint: Mapping[str, Any], path: str | Path, causal: bool | None = None
+) -> LlamaConfig:
+    """The config of a checkpoint.
+
+    Args:
+        checkpoint: what `read_checkpoint` returned.
+        path: where it came from, for messages.
+        causal: overrides the checkpoint's own field where it is not None.
+
+    Raises:
+        ValueError: `model_args` do not describe a Llama.
+    """
+    try:
+        config = LlamaConfig.from_model_args(checkpoint["model_args"])
+    except ValueError as error:
+        raise ValueError(f"{path}: model_args: {error}") from None
+    return config if causal is None else replace(config, causal=causal)
+
+
+def parse_weights(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
+    """The weights of a checkpoint in float32, under this project's names.
+
+    Args:
+        checkpoint, path: as in `parse_config`.
+
+    Raises:
+        ValueError: an entry is no tensor of floating-point numbers, or two have one name.
+    """
+    state_dict: dict[str, Tensor] = {}
+    for given, tensor in checkpoint["model"].items():
+        name = translate_name(str(given))
+        if DERIVED.search(name):
+            continue
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            raise ValueError(f"{path}: {given} is not a tensor of floating-point numbers")
+        if name in state_dict:
+            raise ValueError(f"{path}: two tensors are named {name}")
+        state_dict[name] = tensor.float()
+    _tie(state_dict, path)
+    return state_dict
+
+
+def _tie(state_dict: dict[str, Tensor], path: str | Path) -> None:
+    """Let the two names of the tied matrix have one tensor, whichever of them the file holds."""
+    tied = [state_dict[name] for name in TIED_NAMES if name in state_dict]
+    if len(tied) == 2 and not torch.equal(*tied):
+        # Faithful: loaded one after the other into one shared matrix, the last one stays.
+        logger.warning("%s: %s and %s differ; %s is used", path, *TIED_NAMES, TIED_NAMES[-1])
+    if tied:
+        state_dict.update(dict.fromkeys(TIED_NAMES, tied[-1]))
+
+
+def translate_name(name: str) -> str:
+    """This project's name of a parameter, from llama2.c's, Meta's, or that of a compiled model."""
+    parts = name.removeprefix(COMPILED_PREFIX).split(".")
+    if len(parts) > 2 and parts[-3] == "attention":
+        parts[-2] = OTHER_NAMES.get(parts[-2], parts[-2])
+    return ".".join(parts)
+
+
+def load_strictly(model: nn.Module, state_dict: Mapping[str, Tensor], path: str | Path) -> None:
+    """Give `model` the tensors of `state_dict` themselves, which must be its own, no more, no less.
+
+    Raises:
+        ValueError: names the missing, unexpected and wrongly shaped tensors.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+    problems = []
+    if missing := sorted(expected.keys() - found.keys()):
+        problems.append(f"missing {_some(missing)}")
+    if unexpected := sorted(found.keys() - expected.keys()):
+        problems.append(f"unexpected {_some(unexpected)}")
+    shapes = [
+        f"{name} is {found[name]}, expected {expected[name]}"
+        for name in sorted(expected.keys() & found.keys())
+        if expected[name] != found[name]
+    ]
+    if shapes:
+        problems.append(f"wrong shape: {_some(shapes)}")
+    if problems:
+        raise ValueError(f"{path}: the weights do not fit the model: {'; '.join(problems)}")
+    model.load_state_dict(state_dict, assign=True)
+
+
+def _some(names: list[str], limit: int = 4) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def _describe(path: Path) -> str:
+    """Size and, where it can be told, kind of a file that is no checkpoint."""
+    with path.open("rb") as file:
+        head = file.read(64).lstrip().lower()
+    size = f"{path.stat().st_size:,} bytes"
+    if head.startswith((b"<!doctype html", b"<html")):
+        return f"{size}, an HTML page; was the download answered by a web page?"
+    if head.startswith(b"pk\x03\x04"):
+        return f"{size}; a broken or truncated download?"
+    return size

@@ -1,0 +1,107 @@
+"""The shape of a Llama model, as one validated value.
+
+`LlamaConfig` holds what a checkpoint's `model_args` hold, under the assignment's names, and nothing
+that the model does not read. Options of a run (paths, learning rate, ...) live in `run_llama.py`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
+
+# Names that other writers of this checkpoint format use for our fields.
+ALIASES = {"norm_eps": "layer_norm_eps"}
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes and constants of a Llama model; the defaults are those of `stories42M.pt`.
+
+    Raises:
+        ValueError: a value has another type, lies out of bounds, or does not fit the others.
+    """
+
+    vocab_size: int = 32000
+    dim: int = 512
+    n_layers: int = 8
+    n_heads: int = 8
+    n_kv_heads: int = None  # type: ignore[assignment]  # None: as many as n_heads
+    hidden_dim: int = None  # type: ignore[assignment]  # None: 8/3 dim, rounded up (see below)
+    multiple_of: int = 32  # the derived hidden_dim is a multiple of this
+    max_seq_len: int = 1024  # tokens, BOS included
+    layer_norm_eps: float = 1e-5
+    dropout: float = 0.0  # probability, inside the layers; stories42M.pt was trained without
+    causal: bool = False  # Faithful: the assignment's attention has no mask (reference mode)
+
+    def __post_init__(self) -> None:
+        if self.n_kv_heads is None:
+            object.__setattr__(self, "n_kv_heads", self.n_heads)
+        for name in ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of"):
+            self._check_size(name)
+        self._check_size("max_seq_len")
+        if self.hidden_dim is None:
+            # Two thirds of the usual 4 dim: SwiGLU has three matrices where ReLU has two
+            # (Shazeer 2020, arXiv:2002.05202, section 3.1).
+            multiples = -(-int(8 * self.dim / 3) // self.multiple_of)
+            object.__setattr__(self, "hidden_dim", multiples * self.multiple_of)
+        self._check_size("hidden_dim")
+        if self.dim % self.n_heads:
+            raise ValueError(f"dim={self.dim} is not divisible by n_heads={self.n_heads}")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(
+                f"n_heads={self.n_heads} is not divisible by n_kv_heads={self.n_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(
+                f"dim={self.dim} / n_heads={self.n_heads} gives an odd head size "
+                f"{self.head_dim}; rotary embeddings rotate pairs of features"
+            )
+        if not _is_number(self.layer_norm_eps) or not 0 < self.layer_norm_eps < 1:
+            raise ValueError(f"layer_norm_eps={self.layer_norm_eps!r} is not a number in (0, 1)")
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout!r} is not a number in [0, 1)")
+        if not isinstance(self.causal, bool):
+            raise ValueError(f"causal={self.causal!r} is not True or False")
+
+    def _check_size(self, name: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}={value!r} is not a whole number of at least 1")
+
+    @property
+    def head_dim(self) -> int:
+        """Features per attention head."""
+        return self.dim // self.n_heads
+
+    @property
+    def n_rep(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.n_heads // self.n_kv_heads
+
+    @classmethod
+    def from_model_args(cls, model_args: Mapping[str, Any]) -> Self:
+        """The config that a checkpoint's `model_args` describe.
+
+        Translates the names of `ALIASES`; a value of None means the default.
+
+        Raises:
+            ValueError: an unknown name, a name given twice, or a bad value.
+        """
+        known = {field.name for field in fields(cls)}
+        values: dict[str, Any] = {}
+        for given, value in model_args.items():
+            name = ALIASES.get(given, given)
+            if name not in known:
+                raise ValueError(f"unknown model argument {given!r}; known are {sorted(known)}")
+            if name in values:
+                raise ValueError(f"model argument {name!r} is given twice")
+            if value is not None:
+                values[name] = value
+        return cls(**values)
+
+    def to_model_args(self) -> dict[str, Any]:
+        """A plain dict that `from_model_args` turns back into this config."""
+        return asdict(self)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

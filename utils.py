@@ -1,0 +1,122 @@
+"""Small things that need no model: seeding, devices, safe writing, padding, and scores."""
+
+import os
+import random
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global random states of Python, NumPy and PyTorch, on every device."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def resolve_device(use_gpu: bool) -> torch.device:
+    """The device of a run.
+
+    Raises:
+        ValueError: a GPU is asked for and PyTorch sees none.
+    """
+    if use_gpu and not torch.cuda.is_available():
+        raise ValueError(
+            "--use_gpu: PyTorch finds no CUDA device; leave the flag out to use the CPU"
+        )
+    return torch.device("cuda" if use_gpu else "cpu")
+
+
+def check_readable(path: str | Path) -> None:
+    """Raise unless `path` is a file that can be opened for reading.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        OSError: it is a folder, or it may not be read.
+    """
+    with open(path, "rb"):
+        pass
+
+
+def check_writable(path: str | Path) -> None:
+    """Make the folder of a result and raise unless a file can be written there.
+
+    Raises:
+        OSError: the folder cannot be made or written to, or `path` is there and no plain file.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path}: cannot be written: it is there and no plain file")
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
+
+
+@contextmanager
+def open_atomically(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a file for writing that takes its name only when all of it is on disk.
+
+    Writes beside the target, flushes, renames; on any failure the old file, if any, stays whole.
+    Text is UTF-8 with plain newlines on every system.
+    """
+    path = Path(path)
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(beside, mode, **text) as file:  # type: ignore[call-overload]
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def pad_batch(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Token ids padded on the right to the longest sequence.
+
+    Returns:
+        tokens: (batch, seq), int64.
+        lengths: (batch,), int64; how many of a row's tokens are its own.
+    """
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    tokens = torch.full((len(sequences), int(lengths.max())), pad_id)
+    for row, sequence in zip(tokens, sequences, strict=True):
+        row[: len(sequence)] = torch.tensor(sequence)
+    return tokens, lengths
+
+
+def confusion_matrix(
+    predictions: Sequence[int], labels: Sequence[int], num_labels: int
+) -> np.ndarray:
+    """Counts (num_labels, num_labels): row is the gold label, column the predicted one."""
+    counts = np.zeros((num_labels, num_labels), dtype=np.int64)
+    np.add.at(counts, (np.asarray(labels, int), np.asarray(predictions, int)), 1)
+    return counts
+
+
+def accuracy(confusion: np.ndarray) -> float:
+    """Share of right predictions, in [0, 1]; NaN when there are none to judge."""
+    total = confusion.sum()
+    return float(np.trace(confusion) / total) if total else float("nan")
+
+
+def macro_f1(confusion: np.ndarray) -> float:
+    """Unweighted mean over classes of F1 = 2 TP / (2 TP + FP + FN), in [0, 1].
+
+    Like scikit-learn's `f1_score(average="macro", zero_division=0)`: the classes are those that
+    occur as a label or as a prediction. NaN when there is nothing to judge.
+    """
+    true_positives = np.diag(confusion)
+    occurrences = confusion.sum(axis=0) + confusion.sum(axis=1)  # 2 TP + FP + FN
+    occurs = occurrences > 0
+    if not occurs.any():
+        return float("nan")
+    return float(np.mean(2 * true_positives[occurs] / occurrences[occurs]))
