@@ -1,0 +1,731 @@
+"""The assignment's three tasks behind one command.
+
+    uv run python run_llama.py --option generate   continue a sentence, greedily and by sampling
+    uv run python run_llama.py --option prompt     classify reviews zero-shot, by the label's words
+    uv run python run_llama.py --option finetune   train a classifier on reviews
+
+Results go to files, scores to standard output, progress and errors to standard error. A bad input
+ends the program with one line and exit status 2.
+"""
+
+import argparse
+import io
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from base_llama import write_checkpoint
+from classifier import (
+    ClassifierConfig,
+    LlamaEmbeddingClassifier,
+    LlamaZeroShotClassifier,
+    load_classifier,
+)
+from llama import Llama, load_pretrained
+from optimizer import AdamW
+from tokenizer import Tokenizer
+from utils import (
+    accuracy,
+    check_readable,
+    check_writable,
+    confusion_matrix,
+    macro_f1,
+    open_atomically,
+    pad_batch,
+    resolve_device,
+    seed_everything,
+)
+
+if TYPE_CHECKING:  # imported where it is used: it takes a second
+    from torch.utils.tensorboard import SummaryWriter
+
+TASKS = ("generate", "prompt", "finetune")
+DATASETS = ("sst", "cfimdb")
+SEPARATOR = " ||| "
+NO_LABEL = -1  # in a test file: no gold label is known
+PROMPT = (
+    "I have wanted to see this thriller for a while, and it didn't disappoint. "
+    "Keanu Reeves, playing the hero John Wick, is"
+)
+
+
+# ---------------------------------------------------------------------------------------- data
+
+
+class Example(NamedTuple):
+    """One line of a data file."""
+
+    sentence: str
+    label: int  # index into the label words, or NO_LABEL
+    tokens: list[int]  # with BOS and the prompt's suffix, without EOS
+
+
+class Batch(NamedTuple):
+    """What the models see of some examples, and what is kept beside it."""
+
+    tokens: Tensor  # (batch, seq), int64, padded on the right
+    lengths: Tensor  # (batch,), int64
+    labels: Tensor  # (batch,), int64
+    sentences: list[str]
+
+
+class LlamaDataset(Dataset[Example]):
+    """Examples, and how to make a batch of them."""
+
+    def __init__(self, examples: Sequence[Example], pad_id: int) -> None:
+        self.examples = examples
+        self.pad_id = pad_id
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.examples[index]
+
+    def collate_fn(self, examples: Sequence[Example]) -> Batch:
+        """A batch, padded on the right to its longest row."""
+        tokens, lengths = pad_batch([example.tokens for example in examples], self.pad_id)
+        labels = torch.tensor([example.label for example in examples])
+        return Batch(tokens, lengths, labels, [example.sentence for example in examples])
+
+    def loader(
+        self, batch_size: int, shuffle: torch.Generator | None = None
+    ) -> "DataLoader[Example]":
+        """Batches in the file's order, or in a new random order for each pass over them."""
+        return DataLoader(
+            self,
+            batch_size,
+            shuffle=shuffle is not None,
+            generator=shuffle,
+            collate_fn=self.collate_fn,
+        )
+
+
+def read_lines(path: str | Path) -> list[str]:
+    """The lines of a UTF-8 text file, without their ends.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is empty, or a line is not UTF-8.
+    """
+    lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    if not lines[-1]:
+        lines.pop()  # what follows the last line's end
+    if not lines:
+        raise ValueError(f"{path}: is empty")
+    texts = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            texts.append(line.removesuffix(b"\r").decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}:{number}: not UTF-8 text: {error.reason}") from None
+    return texts
+
+
+def parse_example(line: str, path: str | Path, line_number: int) -> tuple[int, str]:
+    """Label and sentence of a line `label ||| sentence`; the first separator counts.
+
+    Raises:
+        ValueError: it is no such line.
+    """
+    label, separator, sentence = line.partition(SEPARATOR)
+    sentence = sentence.strip()
+    if not separator or not sentence:
+        shown = line if len(line) <= 40 else f"{line[:40]}..."
+        raise ValueError(
+            f'{path}:{line_number}: expected "<label> ||| <sentence>", found {json.dumps(shown)}'
+        )
+    try:
+        return int(label), sentence
+    except ValueError:
+        raise ValueError(
+            f"{path}:{line_number}: expected a whole number as label, found {json.dumps(label)}"
+        ) from None
+
+
+def create_data(
+    filename: str | Path,
+    tokenizer: Tokenizer,
+    num_labels: int,
+    max_seq_len: int,
+    prompt_suffix: str = "",
+    unlabelled: bool = False,
+) -> list[Example]:
+    """The examples of a file, each tokenised once.
+
+    Args:
+        filename: UTF-8 lines `label ||| sentence`.
+        tokenizer: puts BOS before each text.
+        num_labels: labels are 0 to num_labels - 1.
+        max_seq_len: the model's limit, in tokens, BOS included.
+        prompt_suffix: what follows each sentence in the text that is tokenised.
+        unlabelled: whether a label may be NO_LABEL, as in test files.
+
+    Raises:
+        FileNotFoundError, ValueError: the file cannot be used; the message says where and why.
+    """
+    lowest = NO_LABEL if unlabelled else 0
+    examples = []
+    for number, line in enumerate(read_lines(filename), start=1):
+        label, sentence = parse_example(line, filename, number)
+        if not lowest <= label < num_labels:
+            raise ValueError(
+                f"{filename}:{number}: label {label} is not among {lowest} to {num_labels - 1}"
+            )
+        tokens = tokenizer.encode(sentence + prompt_suffix, bos=True, eos=False)
+        if len(tokens) > max_seq_len:
+            raise ValueError(
+                f"{filename}:{number}: {len(tokens)} tokens are more than the model's "
+                f"{max_seq_len}; shorten the sentence or use --max_sentence_len"
+            )
+        examples.append(Example(sentence, label, tokens))
+    print(f"load {len(examples)} data from {filename}")
+    return examples
+
+
+def read_label_names(path: str | Path) -> list[str]:
+    """The label words of a JSON file; a label is an index into them.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds anything but a list of two or more different words.
+    """
+    try:
+        names = json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a JSON file: {error}") from None
+    if not isinstance(names, list) or not all(isinstance(n, str) and n.strip() for n in names):
+        raise ValueError(f'{path}: expected a JSON list of words such as ["bad", "good"]')
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise ValueError(f"{path}: expected two or more different label words, found {names}")
+    return names
+
+
+def build_prompt_suffix(label_names: Sequence[str]) -> str:
+    """The question that follows a sentence in the zero-shot prompt, with the space before it."""
+    if len(label_names) == 2:
+        choices = " or ".join(label_names)
+    else:
+        choices = ", ".join(label_names[:-1]) + ", or " + label_names[-1]
+    # Faithful: the trailing space becomes a token of its own, and the published accuracies
+    # depend on it.
+    return f" Is this movie {choices}? This movie is "
+
+
+# ---------------------------------------------------------------------------------- evaluation
+
+
+class Evaluation(NamedTuple):
+    """What a classifier did with a data set; lists are in the order of the data."""
+
+    accuracy: float  # in [0, 1], over the examples with a gold label; NaN if none has one
+    macro_f1: float  # likewise
+    predictions: list[int]
+    labels: list[int]
+    sentences: list[str]
+
+
+@torch.inference_mode()
+def model_eval(
+    dataloader: "DataLoader[Example]", model: nn.Module, device: torch.device
+) -> Evaluation:
+    """Predict every example with the highest-scored label; leaves the model's mode as it was."""
+    was_training = model.training
+    model.eval()
+    predictions: list[int] = []
+    labels: list[int] = []
+    sentences: list[str] = []
+    try:
+        for batch in tqdm(dataloader, desc="eval", leave=False):
+            scores = model(batch.tokens.to(device), batch.lengths.to(device))
+            predictions += scores.argmax(dim=-1).tolist()
+            labels += batch.labels.tolist()
+            sentences += batch.sentences
+    finally:
+        model.train(was_training)
+    confusion = judge(predictions, labels, scores.shape[1])
+    return Evaluation(accuracy(confusion), macro_f1(confusion), predictions, labels, sentences)
+
+
+def judge(predictions: Sequence[int], labels: Sequence[int], num_labels: int) -> np.ndarray:
+    """Confusion matrix over the examples that have a gold label."""
+    pairs = [pair for pair in zip(predictions, labels, strict=True) if pair[1] != NO_LABEL]
+    return confusion_matrix([p for p, _ in pairs], [label for _, label in pairs], num_labels)
+
+
+def write_predictions_to_file(
+    split: str, outfile: str | Path, acc: float, pred: Sequence[int], sents: Sequence[str]
+) -> None:
+    """Print the split's accuracy (n/a if it is NaN) and write lines `label ||| sentence`."""
+    print(f"{split} acc :: {'n/a' if math.isnan(acc) else f'{acc:.3f}'}")
+    with open_atomically(outfile) as file:
+        file.writelines(f"{p}{SEPARATOR}{s}\n" for p, s in zip(pred, sents, strict=True))
+
+
+def predict(
+    args: argparse.Namespace,
+    model: nn.Module,
+    dev_data: LlamaDataset,
+    test_data: LlamaDataset,
+    device: torch.device,
+) -> None:
+    """Predict dev and test, print their accuracies, and write their prediction files."""
+    dev = model_eval(dev_data.loader(args.batch_size), model, device)
+    test = model_eval(test_data.loader(args.batch_size), model, device)
+    write_predictions_to_file("dev", args.dev_out, dev.accuracy, dev.predictions, dev.sentences)
+    write_predictions_to_file(
+        "test", args.test_out, test.accuracy, test.predictions, test.sentences
+    )
+    if len(test.labels) > 1 and set(test.labels) == {0}:
+        print(f"note: every label in {args.test} is 0, a placeholder; its accuracy means nothing")
+
+
+# --------------------------------------------------------------------------------------- tasks
+
+
+def load_model(args: argparse.Namespace) -> tuple[Llama, Tokenizer]:
+    """The pretrained model, on the CPU, and the tokenizer that goes with it.
+
+    Raises:
+        FileNotFoundError, ValueError: one of them cannot be used, or their vocabularies differ.
+    """
+    tokenizer = Tokenizer(args.max_sentence_len, args.tokenizer_path)
+    llama = load_pretrained(args.pretrained_model_path, args.causal)
+    if tokenizer.n_words != llama.config.vocab_size:
+        raise ValueError(
+            f"{args.tokenizer_path}: a vocabulary of {tokenizer.n_words}, but that of "
+            f"{args.pretrained_model_path} is {llama.config.vocab_size}; use the checkpoint's own "
+            "tokenizer (--tokenizer_path)"
+        )
+    print(f"load model from {args.pretrained_model_path}")
+    return llama, tokenizer
+
+
+def generate_sentence(
+    args: argparse.Namespace,
+    llama: Llama,
+    tokenizer: Tokenizer,
+    outfile: str | Path,
+    temperature: float,
+) -> None:
+    """Task 1: continue the prompt, print the text and write it to a file."""
+    device = next(llama.parameters()).device
+    tokens = torch.tensor([tokenizer.encode(args.prompt, bos=True, eos=False)], device=device)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    output = llama.generate(tokens, args.max_new_tokens, temperature, generator)
+    sentence = tokenizer.decode(output[0].tolist())
+    print(f"Temperature is {temperature}\n{sentence}\n---------------")
+    with open_atomically(outfile) as file:
+        file.write(sentence)
+    print(f"Wrote generated sentence to {outfile}.")
+
+
+def load_split(
+    path: str,
+    args: argparse.Namespace,
+    llama: Llama,
+    tokenizer: Tokenizer,
+    label_names: Sequence[str],
+    prompt_suffix: str = "",
+) -> LlamaDataset:
+    """One of the data files of a run; only the test file may leave labels open."""
+    limit = llama.config.max_seq_len
+    unlabelled = path == args.test
+    examples = create_data(path, tokenizer, len(label_names), limit, prompt_suffix, unlabelled)
+    return LlamaDataset(examples, tokenizer.pad_id)
+
+
+def test_with_prompting(args: argparse.Namespace, device: torch.device) -> None:
+    """Task 2: classify dev and test zero-shot, with all parameters frozen."""
+    label_names = read_label_names(args.label_names)
+    llama, tokenizer = load_model(args)
+    suffix = build_prompt_suffix(label_names)
+    dev_data = load_split(args.dev, args, llama, tokenizer, label_names, suffix)
+    test_data = load_split(args.test, args, llama, tokenizer, label_names, suffix)
+    config = classifier_config(args, label_names)
+    model = LlamaZeroShotClassifier(config, tokenizer, label_names, llama).to(device)
+    predict(args, model, dev_data, test_data, device)
+
+
+def finetune(args: argparse.Namespace, device: torch.device) -> None:
+    """Task 3: train a classifier, then predict dev and test with the epoch best on dev."""
+    label_names = read_label_names(args.label_names)
+    llama, tokenizer = load_model(args)
+    train_data, dev_data, test_data = (
+        load_split(path, args, llama, tokenizer, label_names)
+        for path in (args.train, args.dev, args.test)
+    )
+    model = LlamaEmbeddingClassifier(classifier_config(args, label_names), llama).to(device)
+    train(args, model, train_data, dev_data, label_names, device)
+    test(args, dev_data, test_data, device)
+
+
+def train(
+    args: argparse.Namespace,
+    model: LlamaEmbeddingClassifier,
+    train_data: LlamaDataset,
+    dev_data: LlamaDataset,
+    label_names: Sequence[str],
+    device: torch.device,
+) -> None:
+    """Train all epochs; the checkpoint of the epoch best on dev stays in `args.filepath`."""
+    loader = train_data.loader(args.batch_size, torch.Generator().manual_seed(args.seed))
+    optimizer = AdamW(model.parameters(), lr=args.lr)
+    best_dev_accuracy = -math.inf
+    with open_log(args) as log:
+        for epoch in range(args.epochs):
+            train_loss = train_epoch(model, loader, optimizer, args.batch_size, device, log, epoch)
+            train_result = model_eval(train_data.loader(args.batch_size), model, device)
+            dev_result = model_eval(dev_data.loader(args.batch_size), model, device)
+            if dev_result.accuracy > best_dev_accuracy:
+                best_dev_accuracy = dev_result.accuracy
+                save_model(model, args.filepath)
+                log_confusion(log, dev_result, label_names, epoch)
+            print(
+                f"epoch {epoch}: train loss :: {train_loss:.3f}, "
+                f"train acc :: {train_result.accuracy:.3f}, dev acc :: {dev_result.accuracy:.3f}"
+            )
+            log_epoch(log, train_result, dev_result, epoch)
+
+
+def train_epoch(
+    model: LlamaEmbeddingClassifier,
+    loader: "DataLoader[Example]",
+    optimizer: AdamW,
+    batch_size: int,
+    device: torch.device,
+    log: "SummaryWriter",
+    epoch: int,
+) -> float:
+    """One pass over the training data.
+
+    Returns:
+        The mean loss of an example, in nats.
+    """
+    model.train()
+    loss_sum = 0.0
+    examples = 0
+    for step, batch in enumerate(tqdm(loader, desc=f"train-{epoch}", leave=False)):
+        start = time.perf_counter()
+        tokens, lengths, labels = (x.to(device) for x in batch[:3])
+        optimizer.zero_grad()
+        log_probs = model(tokens, lengths)  # (batch, num_labels)
+        # Faithful: divided by the nominal batch size, so a short last batch weighs less.
+        loss = F.nll_loss(log_probs, labels, reduction="sum") / batch_size
+        loss.backward()
+        optimizer.step()
+
+        batch_loss = loss.item()  # waits for the device
+        loss_sum += batch_loss * batch_size
+        examples += len(labels)
+        seconds = time.perf_counter() - start
+        log_step(log, epoch * len(loader) + step, batch_loss, optimizer, batch.lengths, seconds)
+    return loss_sum / examples
+
+
+def save_model(model: LlamaEmbeddingClassifier, filepath: str | Path) -> None:
+    """Write a checkpoint that `load_classifier` reads, whole or not at all."""
+    write_checkpoint(filepath, model.to_checkpoint())
+    print(f"save the model to {filepath}")
+
+
+def test(
+    args: argparse.Namespace,
+    dev_data: LlamaDataset,
+    test_data: LlamaDataset,
+    device: torch.device,
+) -> None:
+    """Predict dev and test with the best checkpoint of the run."""
+    model = load_classifier(args.filepath).to(device)
+    print(f"load model from {args.filepath}")
+    predict(args, model, dev_data, test_data, device)
+
+
+def classifier_config(args: argparse.Namespace, label_names: Sequence[str]) -> ClassifierConfig:
+    """What the classifiers read of a run's options."""
+    return ClassifierConfig(
+        num_labels=len(label_names),
+        pretrained_model_path=args.pretrained_model_path,
+        hidden_dropout_prob=args.hidden_dropout_prob,
+        option=args.option,
+    )
+
+
+# --------------------------------------------------------------------------------- TensorBoard
+
+
+def open_log(args: argparse.Namespace) -> "SummaryWriter":
+    """A new TensorBoard run beside `args.dev_out`, with the run's settings in it."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    name = f"{Path(args.filepath).stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    log = SummaryWriter(str(Path(args.dev_out).parent / name))
+    rows = [[name, f"`{value}`"] for name, value in sorted(vars(args).items())]
+    log.add_text("settings", markdown_table([["setting", "value"], *rows]))
+    return log
+
+
+def log_step(
+    log: "SummaryWriter",
+    step: int,
+    loss: float,
+    optimizer: AdamW,
+    lengths: Tensor,
+    seconds: float,
+) -> None:
+    """Write the curves that have a point per training step."""
+    log.add_scalar("step/loss", loss, step)
+    log.add_scalar("step/learning_rate", optimizer.param_groups[0]["lr"], step)
+    log.add_scalar("step/tokens_per_second", int(lengths.sum()) / seconds, step)
+
+
+def log_epoch(log: "SummaryWriter", train: Evaluation, dev: Evaluation, epoch: int) -> None:
+    """Write the curves that have a point per epoch."""
+    for split, result in (("train", train), ("dev", dev)):
+        log.add_scalar(f"accuracy/{split}", result.accuracy, epoch)
+        log.add_scalar(f"macro_f1/{split}", result.macro_f1, epoch)
+    log.flush()
+
+
+def log_confusion(
+    log: "SummaryWriter", dev: Evaluation, label_names: Sequence[str], epoch: int
+) -> None:
+    """Write the confusion matrix of a dev result as a table of counts."""
+    counts = judge(dev.predictions, dev.labels, len(label_names)).tolist()
+    rows = [[f"**{name}**", *row] for name, row in zip(label_names, counts, strict=True)]
+    table = markdown_table([["gold \\ predicted", *label_names], *rows])
+    log.add_text("dev confusion (best epoch)", f"epoch {epoch}\n\n{table}", epoch)
+
+
+def markdown_table(rows: Sequence[Sequence[object]]) -> str:
+    """Rows as a Markdown table; the first one is the head."""
+    lines = [
+        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows
+    ]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+
+
+# -------------------------------------------------------------------------------- command line
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are exceptions, for `main` to report in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def at_least_one(text: str) -> int:
+    """Argument type: a whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is below 1")
+    return value
+
+
+def seed(text: str) -> int:
+    """Argument type: a whole number that every generator takes as a seed."""
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{value} is not in 0 to 2^32 - 1")
+    return value
+
+
+def learning_rate(text: str) -> float:
+    """Argument type: a finite number of at least 0."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{value} is not a number of at least 0")
+    return value
+
+
+def dropout(text: str) -> float:
+    """Argument type: a probability below 1."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not in [0, 1)")
+    return value
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The only parser: every flag with its type, default and unit."""
+    parser = OneLineParser(
+        prog="run_llama.py",
+        description="Llama 2: generate text, classify it zero-shot, or fine-tune a classifier.",
+        epilog="A flag may be written with - or _ inside.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--option", choices=TASKS, default="generate", help="the task (default: %(default)s)")
+    add("--seed", type=seed, default=1337, help="of all randomness (default: %(default)s)")
+    add("--use_gpu", action="store_true", help="run on CUDA; an error where there is none")
+
+    model = parser.add_argument_group("model")
+    add = model.add_argument
+    add(
+        "--pretrained-model-path",
+        default="stories42M.pt",
+        help="checkpoint (default: %(default)s)",
+    )
+    add("--tokenizer_path", help="default: tokenizer.model in the checkpoint's folder")
+    add("--max_sentence_len", type=at_least_one, help="cut texts to this many pieces")
+    add(
+        "--causal",
+        action=argparse.BooleanOptionalAction,
+        help="mask attention and read out at each sentence's last token, or not "
+        "(default: as the checkpoint says; without a word, not)",
+    )
+
+    generate = parser.add_argument_group("generate")
+    add = generate.add_argument
+    add("--prompt", default=PROMPT, help="text to continue (default: the assignment's)")
+    add("--max_new_tokens", type=at_least_one, default=75, help="default: %(default)s")
+    for name, temperature in (("low", 0), ("high", 1)):
+        add(
+            f"--generated_sentence_{name}_temp_out",
+            default=f"output/task_1/generated-sentence-temp-{temperature}.txt",
+            help=f"file for the text at temperature {temperature} (default: %(default)s)",
+        )
+
+    data = parser.add_argument_group("data (prompt and finetune)")
+    add = data.add_argument
+    add("--dataset", choices=DATASETS, help="sets the next four and the names of all results")
+    for split in ("train", "dev", "test"):
+        add(f"--{split}", help=f"lines `label ||| sentence` (default: data/cfimdb-{split}.txt)")
+    add(
+        "--label-names",
+        help="JSON list of label words (default: data/cfimdb-label-mapping.json)",
+    )
+    for split in ("dev", "test"):
+        add(
+            f"--{split}_out",
+            help=f"predictions, named ...{split}-prompting-output.txt or "
+            f"...{split}-finetuning-output.txt "
+            f"(default: output/task_{{2,3}}/<dataset>-{split}-...)",
+        )
+
+    training = parser.add_argument_group("training (finetune; batch size: prompt too)")
+    add = training.add_argument
+    add("--epochs", type=at_least_one, default=5, help="default: %(default)s")
+    add("--batch_size", type=at_least_one, default=8, help="sentences (default: %(default)s)")
+    add("--lr", type=learning_rate, default=2e-5, help="AdamW's (default: %(default)s)")
+    add(
+        "--hidden_dropout_prob",
+        type=dropout,
+        default=0.3,
+        help="before the classifier's head (default: %(default)s)",
+    )
+    add(
+        "--filepath",
+        help="the best classifier (default: output/task_3/<dataset>-finetune-<epochs>-<lr>.pt)",
+    )
+    return parser
+
+
+def get_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of a run, with every default filled in.
+
+    Raises:
+        ValueError: an argument is unknown or out of bounds, or a result has a wrong name.
+    """
+    parser = build_parser()
+    known = {flag.replace("_", "-"): flag for a in parser._actions for flag in a.option_strings}
+    words = []
+    for word in sys.argv[1:] if argv is None else argv:
+        flag, equals, value = word.partition("=")
+        words.append(known.get(flag.replace("_", "-"), flag) + equals + value)
+    args = parser.parse_args(words)
+
+    dataset = args.dataset or "cfimdb"
+    args.train = args.train or f"data/{dataset}-train.txt"
+    args.dev = args.dev or f"data/{dataset}-dev.txt"
+    args.test = args.test or f"data/{dataset}-test.txt"
+    args.label_names = args.label_names or f"data/{dataset}-label-mapping.json"
+    args.dataset = args.dataset or Path(args.dev).stem.removesuffix("-dev")
+    if args.tokenizer_path is None:
+        args.tokenizer_path = str(Path(args.pretrained_model_path).with_name("tokenizer.model"))
+    if args.option in ("prompt", "finetune"):
+        folder, kind = {
+            "prompt": ("output/task_2", "prompting"),
+            "finetune": ("output/task_3", "finetuning"),
+        }[args.option]
+        for split in ("dev", "test"):
+            ending = f"{split}-{kind}-output.txt"
+            path = getattr(args, f"{split}_out") or f"{folder}/{args.dataset}-{ending}"
+            if not path.endswith(ending):
+                raise ValueError(f"--{split}_out {path}: must end in {ending}")
+            setattr(args, f"{split}_out", path)
+    if args.filepath is None:
+        args.filepath = f"output/task_3/{args.dataset}-finetune-{args.epochs}-{args.lr}.pt"
+    return args
+
+
+def check_files(args: argparse.Namespace) -> None:
+    """Find out before any work whether all inputs are there and all outputs can be written.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: the first that is not or cannot.
+    """
+    inputs = [args.pretrained_model_path, args.tokenizer_path]
+    outputs = [args.generated_sentence_low_temp_out, args.generated_sentence_high_temp_out]
+    if args.option != "generate":
+        inputs += [args.label_names, args.dev, args.test]
+        outputs = [args.dev_out, args.test_out]
+    if args.option == "finetune":
+        inputs.append(args.train)
+        outputs.append(args.filepath)
+    for path in inputs:
+        check_readable(path)
+    for path in outputs:
+        check_writable(path)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do the task that `args` ask for."""
+    device = resolve_device(args.use_gpu)
+    check_files(args)
+    seed_everything(args.seed)
+    if args.option == "generate":
+        llama, tokenizer = load_model(args)
+        llama.to(device)
+        low, high = args.generated_sentence_low_temp_out, args.generated_sentence_high_temp_out
+        generate_sentence(args, llama, tokenizer, low, temperature=0.0)
+        generate_sentence(args, llama, tokenizer, high, temperature=1.0)
+    elif args.option == "prompt":
+        test_with_prompting(args, device)
+    else:
+        finetune(args, device)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # so that a log file shows a run's progress
+    try:
+        run(get_args(argv))
+    except (ValueError, OSError) as error:
+        message = str(error)
+        if isinstance(error, OSError) and error.strerror:
+            message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        print(f"run_llama.py: error: {' '.join(message.split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("run_llama.py: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
