@@ -191,7 +191,7 @@ class Llama(LlamaPreTrainedModel):
         logits = self.output(hidden if targets is not None else hidden[:, -1:])
         return logits, hidden
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: its tensors could not be trained on later
     def generate(
         self,
         idx: Tensor,

@@ -1,0 +1,141 @@
+"""Checks of the whole model: the course's expected values, and those of a small fixture model.
+
+Run as `uv run python sanity_check.py`; pytest collects it too. The course's values need
+`stories42M.pt` and `sanity_check.data` (`uv run python data/download.py`). The fixture needs
+nothing: its weights come from a formula, and its numbers were computed in float64 by Hugging Face
+transformers, with its own attention mask switched off for reference mode
+(`tests/test_sanity_check.py` computes them again).
+"""
+
+from pathlib import Path
+from unittest import SkipTest
+
+import torch
+from torch import Tensor
+
+from base_llama import TIED_NAMES, load_strictly
+from config import LlamaConfig
+from llama import Llama, load_pretrained
+
+ROOT = Path(__file__).parent
+CHECKPOINT = ROOT / "stories42M.pt"
+EXPECTED = ROOT / "sanity_check.data"
+
+# What the course's expected values were computed for, padded with zeros.
+COURSE_TOKENS = [
+    [101, 7592, 2088, 102, 0, 0, 0, 0],
+    [101, 7592, 15756, 2897, 2005, 17953, 2361, 102],
+]
+
+FIXTURE_SHAPE = {
+    "vocab_size": 61,
+    "dim": 48,
+    "n_layers": 2,
+    "n_heads": 6,
+    "n_kv_heads": 3,
+    "max_seq_len": 16,
+}
+FIXTURE_TOKENS = [[1, 17, 42, 5, 3, 3, 3], [1, 17, 8, 33, 60, 29, 11]]
+# By `causal`: the first logits of the last column, and the first hidden features of columns 0 and
+# 3; each for both rows of FIXTURE_TOKENS.
+FIXTURE_LOGITS = {
+    False: [
+        [-0.06994163, 0.01927613, 0.08887733, 0.11090051],
+        [-0.06956289, 0.17932957, 0.08556286, -0.01982632],
+    ],
+    True: [
+        [-0.1190341, 0.02081456, 0.1214492, 0.0578618],
+        [-0.12631614, 0.10798161, 0.05284951, -0.03745925],
+    ],
+}
+FIXTURE_HIDDEN = {
+    False: [
+        [
+            [-0.0706862, 0.2379398, 1.0243219, 0.3199403],
+            [1.7414636, -0.6934957, -0.7089294, -0.95122],
+        ],
+        [
+            [-0.7768269, -0.8313452, 1.2265077, -0.0500813],
+            [0.2183163, -1.8010262, 1.1540708, -1.4100864],
+        ],
+    ],
+    True: [
+        [
+            [0.2775556, -0.0332101, 1.273598, 0.2987068],
+            [0.898402, -0.2650512, -0.0497623, -1.0196066],
+        ],
+        [
+            [0.2775556, -0.0332101, 1.273598, 0.2987068],
+            [0.4772367, -0.3815128, 0.2683185, -0.1815111],
+        ],
+    ],
+}
+
+
+def fixture_weights(model: Llama) -> dict[str, Tensor]:
+    """Weights of the model's shapes that look random and are the same on every machine."""
+    weights = {}
+    for seed, (name, tensor) in enumerate(sorted(model.state_dict().items()), start=1):
+        index = torch.arange(1, tensor.numel() + 1)
+        # A quadratic polynomial modulo a prime: whole numbers, so exact everywhere.
+        noise = ((index * index * 7919 + index * 10473 * seed) % 65521) / 32760.5 - 1  # in [-1, 1]
+        # Small embeddings let eps weigh in; matrices keep the scale of what they multiply.
+        scale = 0.02 if name in TIED_NAMES else 0.25
+        weights[name] = (1 + noise / 4 if tensor.dim() == 1 else scale * noise).view(tensor.shape)
+    weights["output.weight"] = weights["tok_embeddings.weight"]
+    return weights
+
+
+def fixture_model(causal: bool) -> Llama:
+    """The fixture, in eval mode."""
+    with torch.device("meta"):
+        model = Llama(LlamaConfig(**FIXTURE_SHAPE, causal=causal))
+    load_strictly(model, fixture_weights(model), "fixture")
+    model.tie_weights()
+    return model.eval()
+
+
+@torch.inference_mode()
+def fixture_numbers(causal: bool) -> tuple[Tensor, Tensor]:
+    """The numbers of the fixture that are compared: logits (2, 4), hidden (2, 2, 4)."""
+    logits, hidden = fixture_model(causal)(torch.tensor(FIXTURE_TOKENS))
+    return logits[:, -1, :4], hidden[:, [0, 3], :4]
+
+
+def test_fixture() -> None:
+    """Both modes against the recorded numbers."""
+    for causal in (False, True):
+        logits, hidden = fixture_numbers(causal)
+        # float32 against float64: two layers lose less than 2e-6 of numbers around 1
+        torch.testing.assert_close(hidden, torch.tensor(FIXTURE_HIDDEN[causal]), rtol=0, atol=5e-6)
+        torch.testing.assert_close(logits, torch.tensor(FIXTURE_LOGITS[causal]), rtol=0, atol=1e-6)
+
+
+def test_course_values() -> None:
+    """stories42M.pt in reference mode against sanity_check.data, with the course's tolerance."""
+    missing = [path.name for path in (CHECKPOINT, EXPECTED) if not path.exists()]
+    if missing:
+        raise SkipTest(
+            f"not checked: the course's expected values, for want of {' and '.join(missing)} "
+            "(get them with `uv run python data/download.py`)"
+        )
+    expected = torch.load(EXPECTED, map_location="cpu", weights_only=True)
+    with torch.inference_mode():
+        logits, hidden = load_pretrained(CHECKPOINT, causal=False)(torch.tensor(COURSE_TOKENS))
+    torch.testing.assert_close(hidden, expected["hidden_states"], atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(logits, expected["logits"], atol=1e-5, rtol=1e-3)
+
+
+def main() -> None:
+    test_fixture()
+    print("A small model gives the recorded numbers in both modes.")
+    try:
+        test_course_values()
+    except SkipTest as reason:
+        print(reason)
+    else:
+        print("stories42M.pt gives the course's values. Your Llama implementation is correct!")
+
+
+if __name__ == "__main__":
+    main()

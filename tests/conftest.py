@@ -1,0 +1,80 @@
+"""Small real files that the tests share: a tokenizer, checkpoints, and a data set."""
+
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+
+from base_llama import write_checkpoint
+from config import LlamaConfig
+from llama import Llama
+
+ROOT = Path(__file__).parent.parent
+LABEL_NAMES = '["bad", "good"]'
+SENTENCES = [
+    "0 ||| A dull , lifeless story with no heart .",
+    "1 ||| An honest and moving film about two sisters .",
+    "0 ||| The jokes fall flat and the plot makes no sense at all .",
+    "1 ||| Funny , warm and wonderfully acted .",
+    "0 ||| I wanted to leave after ten minutes .",
+    "1 ||| The best thriller of the year , by far .",
+    "0 ||| Clumsy , loud and much too long .",
+    "1 ||| Every scene is a small surprise .",
+]
+# The sizes differ from each other wherever they can, so that a swapped axis cannot pass.
+SHAPE = {"dim": 48, "n_layers": 2, "n_heads": 6, "n_kv_heads": 3, "max_seq_len": 64}
+
+
+@pytest.fixture(scope="session")
+def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece model of Llama's kind, trained on a few sentences."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    corpus = folder / "corpus.txt"
+    corpus.write_text("\n".join(line.split(" ||| ")[1] for line in SENTENCES), encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=320,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    return folder / "tokenizer.model"
+
+
+@pytest.fixture
+def llama(tokenizer_path: Path) -> Llama:
+    """A tiny model with grouped heads, whose numbers are of order one; reference mode, eval."""
+    return make_llama(causal=False)
+
+
+def make_llama(causal: bool, seed: int = 0, **shape: int) -> Llama:
+    """A random model; its weights are larger than `init_weights`' so that mistakes show."""
+    torch.manual_seed(seed)
+    model = Llama(LlamaConfig(**{"vocab_size": 320, **SHAPE, **shape}, causal=causal))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def save_llama(model: Llama, path: Path) -> None:
+    write_checkpoint(
+        path, {"model": model.state_dict(), "model_args": model.config.to_model_args()}
+    )
+
+
+@pytest.fixture
+def workplace(
+    tmp_path: Path, tokenizer_path: Path, llama: Llama, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """The current folder of a run: default checkpoint, tokenizer, and CFIMDB's file names."""
+    save_llama(llama, tmp_path / "stories42M.pt")
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer_path.read_bytes())
+    data = tmp_path / "data"
+    data.mkdir()
+    for split in ("train", "dev", "test"):
+        (data / f"cfimdb-{split}.txt").write_text("\n".join(SENTENCES) + "\n", encoding="utf-8")
+    (data / "cfimdb-label-mapping.json").write_text(LABEL_NAMES, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -1,0 +1,229 @@
+"""Checkpoints: every accepted spelling loads to the same model, everything else is an error."""
+
+import logging
+import os
+import pickle
+import zipfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from base_llama import write_checkpoint
+from llama import Llama, load_pretrained
+from tests.conftest import save_llama
+
+TOKENS = torch.tensor([[1, 20, 300, 4, 55]])
+
+
+def llama2c_name(name: str) -> str:
+    for ours, theirs in {"query": "wq", "key": "wk", "value": "wv", "output": "wo"}.items():
+        name = name.replace(f"compute_{ours}.", f"{theirs}.")
+    return name
+
+
+def checkpoint_of(model: Llama) -> dict[str, Any]:
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return {"model": weights, "model_args": model.config.to_model_args()}
+
+
+def test_round_trip(llama: Llama, tmp_path: Path) -> None:
+    save_llama(llama, tmp_path / "model.pt")
+    loaded = load_pretrained(tmp_path / "model.pt")
+    assert loaded.config == llama.config and not loaded.training
+    assert torch.equal(loaded(TOKENS)[0], llama(TOKENS)[0])
+    assert loaded.tok_embeddings.weight is loaded.output.weight
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    assert loaded.get_parameter("output.weight").device.type == "cpu"
+
+
+def test_saved_file_holds_each_weight_once(llama: Llama, tmp_path: Path) -> None:
+    save_llama(llama, tmp_path / "model.pt")
+    count = sum(parameter.numel() for parameter in llama.parameters())
+    assert (tmp_path / "model.pt").stat().st_size < 4 * count + 30_000
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+def test_names_of_llama2c(llama: Llama, tmp_path: Path, prefix: str) -> None:
+    """Hub's file: wq, wk, wv, wo, norm_eps for layer_norm_eps, and more keys beside the two."""
+    checkpoint = checkpoint_of(llama)
+    args = checkpoint["model_args"]
+    args["norm_eps"] = args.pop("layer_norm_eps")
+    del args["causal"], args["hidden_dim"]
+    weights = checkpoint["model"].items()
+    checkpoint["model"] = {prefix + llama2c_name(name): tensor for name, tensor in weights}
+    checkpoint |= {"optimizer": {"state": {}}, "iter_num": 7, "best_val_loss": torch.tensor(0.8)}
+    write_checkpoint(tmp_path / "model.pt", checkpoint)
+    assert torch.equal(load_pretrained(tmp_path / "model.pt")(TOKENS)[0], llama(TOKENS)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_storage_is_computed_in_float32(
+    llama: Llama, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    checkpoint = checkpoint_of(llama)
+    checkpoint["model"] = {name: tensor.to(dtype) for name, tensor in checkpoint["model"].items()}
+    write_checkpoint(tmp_path / "model.pt", checkpoint)
+    loaded = load_pretrained(tmp_path / "model.pt")
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    expected = llama.to(dtype).to(torch.float32)
+    assert torch.equal(loaded(TOKENS)[0], expected(TOKENS)[0])
+
+
+def test_output_wins_over_another_embedding(
+    llama: Llama, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint = checkpoint_of(llama)
+    write_checkpoint(tmp_path / "same.pt", checkpoint)
+    checkpoint["model"]["tok_embeddings.weight"] += 1
+    write_checkpoint(tmp_path / "other.pt", checkpoint)
+    with caplog.at_level(logging.WARNING):
+        load_pretrained(tmp_path / "same.pt")
+        assert not caplog.messages
+        loaded = load_pretrained(tmp_path / "other.pt")
+    assert "tok_embeddings.weight and output.weight differ; output.weight is used" in caplog.text
+    assert torch.equal(loaded(TOKENS)[0], llama(TOKENS)[0])
+
+
+@pytest.mark.parametrize("name", ["tok_embeddings.weight", "output.weight"])
+def test_one_of_the_tied_names_is_enough(llama: Llama, tmp_path: Path, name: str) -> None:
+    checkpoint = checkpoint_of(llama)
+    del checkpoint["model"][name]
+    write_checkpoint(tmp_path / "model.pt", checkpoint)
+    assert torch.equal(load_pretrained(tmp_path / "model.pt")(TOKENS)[0], llama(TOKENS)[0])
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "expected"),
+    [(None, None, False), (True, None, True), (True, False, False), (False, True, True)],
+)
+def test_causal_is_the_files_unless_asked_otherwise(
+    llama: Llama, tmp_path: Path, stored: bool | None, asked: bool | None, expected: bool
+) -> None:
+    checkpoint = checkpoint_of(llama)
+    checkpoint["model_args"]["causal"] = stored
+    write_checkpoint(tmp_path / "model.pt", checkpoint)
+    assert load_pretrained(tmp_path / "model.pt", asked).config.causal is expected
+
+
+def lacking(weights: dict[str, Tensor]) -> None:
+    del weights["layers.1.attention.compute_key.weight"], weights["norm.weight"]
+
+
+def surplus(weights: dict[str, Tensor]) -> None:
+    weights["layers.2.ffn_norm.weight"] = torch.ones(48)
+
+
+def misshapen(weights: dict[str, Tensor]) -> None:
+    weights["layers.0.feed_forward.w2.weight"] = torch.ones(48, 127)
+
+
+def no_numbers(weights: dict[str, Tensor]) -> None:
+    weights["norm.weight"] = torch.ones(48, dtype=torch.int64)
+
+
+def named_twice(weights: dict[str, Tensor]) -> None:
+    weights["layers.0.attention.wq.weight"] = weights["layers.0.attention.compute_query.weight"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lacking, "missing layers.1.attention.compute_key.weight, norm.weight"),
+        (surplus, "unexpected layers.2.ffn_norm.weight"),
+        (misshapen, r"layers.0.feed_forward.w2.weight is \(48, 127\), expected \(48, 128\)"),
+        (no_numbers, "norm.weight is not a tensor of floating-point numbers"),
+        (named_twice, "two tensors are named layers.0.attention.compute_query.weight"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(
+    llama: Llama, tmp_path: Path, change: Any, message: str
+) -> None:
+    checkpoint = checkpoint_of(llama)
+    change(checkpoint["model"])
+    write_checkpoint(tmp_path / "model.pt", checkpoint)
+    with pytest.raises(ValueError, match=message):
+        load_pretrained(tmp_path / "model.pt")
+
+
+def test_bad_model_args_are_named(llama: Llama, tmp_path: Path) -> None:
+    checkpoint = checkpoint_of(llama)
+    checkpoint["model_args"]["dim"] = 50
+    write_checkpoint(tmp_path / "model.pt", checkpoint)
+    with pytest.raises(ValueError, match="model.pt: model_args: dim=50 is not divisible"):
+        load_pretrained(tmp_path / "model.pt")
+
+
+class RunsCode:
+    """Pickles as a call that makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("as_zip", [False, True])
+def test_code_in_a_file_is_not_run(tmp_path: Path, as_zip: bool) -> None:
+    path, sign = tmp_path / "model.pt", tmp_path / "was-run"
+    if as_zip:
+        torch.save({"model": {}, "model_args": RunsCode(sign)}, path)
+    else:
+        path.write_bytes(pickle.dumps({"model": {}, "model_args": RunsCode(sign)}))
+    with pytest.raises(ValueError, match="nothing in it was run"):
+        load_pretrained(path)
+    assert not sign.exists()
+    with suppress(RuntimeError):
+        torch.load(path, weights_only=False)  # the file does run code where it is let
+    assert sign.exists()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
+def test_truncated_file(llama: Llama, tmp_path: Path, share: float) -> None:
+    save_llama(llama, tmp_path / "whole.pt")
+    whole = (tmp_path / "whole.pt").read_bytes()
+    (tmp_path / "model.pt").write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(ValueError, match=r"model\.pt: .* bytes"):
+        load_pretrained(tmp_path / "model.pt")
+
+
+def test_html_page(tmp_path: Path) -> None:
+    (tmp_path / "model.pt").write_text("<!DOCTYPE html>\n<html><body>404 Not Found</body></html>")
+    with pytest.raises(ValueError, match="an HTML page"):
+        load_pretrained(tmp_path / "model.pt")
+
+
+def test_other_zip_file(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "model.pt", "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    with pytest.raises(ValueError, match=r"model\.pt: cannot be read"):
+        load_pretrained(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize(
+    "content", [torch.ones(3), [1, 2], {"model": {}}, {"model": [], "model_args": {}}]
+)
+def test_other_contents(tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match='expected a dict that holds the dicts "model"'):
+        load_pretrained(tmp_path / "model.pt")
+
+
+def test_missing_file_and_folder(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none\.pt: no such checkpoint"):
+        load_pretrained(tmp_path / "none.pt")
+    with pytest.raises(ValueError, match="is a folder"):
+        load_pretrained(tmp_path)
+
+
+def test_failed_write_leaves_the_old_file(llama: Llama, tmp_path: Path) -> None:
+    save_llama(llama, tmp_path / "model.pt")
+    before = (tmp_path / "model.pt").read_bytes()
+    with pytest.raises(Exception, match="pickle"):
+        write_checkpoint(tmp_path / "model.pt", {"model": llama.state_dict(), "bad": lambda: 0})
+    assert (tmp_path / "model.pt").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]

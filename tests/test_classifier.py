@@ -1,0 +1,185 @@
+"""The classifiers: what they read, how they score, and what a prediction depends on."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from base_llama import write_checkpoint
+from classifier import (
+    LlamaEmbeddingClassifier,
+    LlamaZeroShotClassifier,
+    load_classifier,
+    read_out,
+)
+from llama import Llama
+from tests.conftest import make_llama, save_llama
+from tokenizer import Tokenizer
+from utils import pad_batch
+
+SEQUENCES = [[1, 20, 33], [1, 7, 300, 41, 5, 6, 9], [1, 99], [1, 12, 13, 14, 15]]
+
+
+def config_of(**values: Any) -> Any:
+    defaults = {"num_labels": 2, "pretrained_model_path": "none.pt"}
+    defaults |= {"hidden_dropout_prob": 0.3, "option": "finetune"}
+    return SimpleNamespace(**{**defaults, **values})
+
+
+class StubLlama(nn.Module):
+    """A model whose "hidden states" are chosen logits and whose projection changes nothing."""
+
+    def __init__(self, logits: Tensor, causal: bool) -> None:
+        super().__init__()
+        self.logits = logits
+        self.config = SimpleNamespace(causal=causal)
+        self.output = nn.Identity()
+
+    def compute_hidden(self, tokens: Tensor) -> Tensor:
+        return self.logits
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_zero_shot_sums_log_probabilities_at_one_position(
+    tokenizer_path: Path, causal: bool
+) -> None:
+    """The last column in reference mode, each row's own last token in causal mode."""
+    tokenizer = Tokenizer(tokenizer_model=tokenizer_path)
+    names = ["dull", "wonderful film"]
+    logits = torch.randn(3, 5, 320, generator=torch.Generator().manual_seed(0))
+    model: Any = LlamaZeroShotClassifier(
+        config_of(),
+        tokenizer,
+        names,
+        llama=StubLlama(logits, causal),  # type: ignore[arg-type]
+    )
+    lengths = torch.tensor([2, 5, 3])
+    scores = model(torch.zeros(3, 5, dtype=torch.long), lengths)
+    assert scores.shape == (3, 2)
+    for row in range(3):
+        column = int(lengths[row]) - 1 if causal else 4
+        log_probs = logits[row, column] - logits[row, column].exp().sum().log()
+        for label, name in enumerate(names):
+            ids = tokenizer.encode(name, bos=False, eos=False)
+            assert len(ids) > 1
+            expected = sum(log_probs[i].item() for i in ids)
+            assert scores[row, label].item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_read_out_without_lengths_takes_the_last_column() -> None:
+    hidden = torch.randn(3, 5, 4)
+    assert torch.equal(read_out(hidden, None, causal=True), hidden[:, -1])
+    assert torch.equal(read_out(hidden, torch.tensor([1, 2, 3]), causal=False), hidden[:, -1])
+
+
+def classifiers(causal: bool, tokenizer_path: Path) -> list[nn.Module]:
+    tokenizer = Tokenizer(tokenizer_model=tokenizer_path)
+    zero_shot = LlamaZeroShotClassifier(config_of(), tokenizer, ["bad", "good"], make_llama(causal))
+    return [zero_shot, LlamaEmbeddingClassifier(config_of(), make_llama(causal)).eval()]
+
+
+def test_causal_predictions_do_not_depend_on_batch_order_or_padding(tokenizer_path: Path) -> None:
+    for model in classifiers(True, tokenizer_path):
+        tokens, lengths = pad_batch(SEQUENCES, pad_id=3)
+        together = model(tokens, lengths)
+        alone = torch.cat([model(torch.tensor([s]), torch.tensor([len(s)])) for s in SEQUENCES])
+        torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+        order = [2, 0, 3, 1]
+        torch.testing.assert_close(
+            model(tokens[order], lengths[order]), together[order], atol=1e-5, rtol=0
+        )
+        wider = torch.nn.functional.pad(tokens, (0, 9), value=77)
+        torch.testing.assert_close(model(wider, lengths), together, atol=1e-5, rtol=0)
+
+
+def test_reference_predictions_depend_on_padding(tokenizer_path: Path) -> None:
+    """Faithful: the last column is read and padding is attended to."""
+    for model in classifiers(False, tokenizer_path):
+        tokens, lengths = pad_batch(SEQUENCES, pad_id=3)
+        together = model(tokens, lengths)
+        assert torch.equal(together, model(tokens))  # lengths are not even looked at
+        alone = model(torch.tensor(SEQUENCES[:1]))
+        assert (together[:1] - alone).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_embedding_classifier_is_a_head_on_the_hidden_state(causal: bool) -> None:
+    llama = make_llama(causal)
+    model = LlamaEmbeddingClassifier(config_of(num_labels=5), llama).eval()
+    tokens, lengths = pad_batch(SEQUENCES, pad_id=3)
+    log_probs = model(tokens, lengths)
+    _, hidden = llama(tokens)
+    columns = lengths - 1 if causal else torch.full((4,), -1)
+    logits = hidden[torch.arange(4), columns] @ model.classifier_head.weight.T
+    expected = (logits + model.classifier_head.bias).softmax(dim=-1).log()
+    torch.testing.assert_close(log_probs, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(log_probs.exp().sum(dim=-1), torch.ones(4))
+
+
+def test_embedding_classifier_projects_no_vocabulary() -> None:
+    llama = make_llama(causal=False)
+    model = LlamaEmbeddingClassifier(config_of(), llama)
+    llama.output.forward = None  # type: ignore[method-assign, assignment]  # calling it would fail
+    model(torch.tensor(SEQUENCES[:1]))
+
+
+def test_dropout_acts_on_the_hidden_state_in_training_only() -> None:
+    model = LlamaEmbeddingClassifier(config_of(hidden_dropout_prob=0.5), make_llama(False))
+    tokens = torch.tensor(SEQUENCES[:1])
+    torch.manual_seed(0)
+    assert not torch.equal(model.train()(tokens), model(tokens))
+    assert torch.equal(model.eval()(tokens), model(tokens))
+
+
+def test_what_trains() -> None:
+    """Zero-shot nothing, fine-tuning everything, any other option the head alone."""
+
+    def trained(model: nn.Module) -> set[bool]:
+        return {parameter.requires_grad for parameter in model.parameters()}
+
+    finetuned = LlamaEmbeddingClassifier(config_of(), make_llama(False))
+    assert trained(finetuned) == {True}
+    probed = LlamaEmbeddingClassifier(config_of(option="probe"), make_llama(False))
+    assert trained(probed.llama) == {False} and trained(probed.classifier_head) == {True}
+
+
+def test_models_are_loaded_from_the_configured_path(
+    llama: Llama, tmp_path: Path, tokenizer_path: Path
+) -> None:
+    save_llama(llama, tmp_path / "model.pt")
+    config = config_of(pretrained_model_path=str(tmp_path / "model.pt"))
+    tokenizer = Tokenizer(tokenizer_model=tokenizer_path)
+    zero_shot = LlamaZeroShotClassifier(config, tokenizer, ["bad", "good"])
+    assert not any(parameter.requires_grad for parameter in zero_shot.parameters())
+    for model in (zero_shot, LlamaEmbeddingClassifier(config)):
+        assert torch.equal(model.llama.output.weight, llama.output.weight)
+
+
+def test_label_names_must_fit(tokenizer_path: Path, llama: Llama) -> None:
+    tokenizer = Tokenizer(tokenizer_model=tokenizer_path)
+    with pytest.raises(ValueError, match="3 label names for num_labels=2"):
+        LlamaZeroShotClassifier(config_of(), tokenizer, ["a", "b", "c"], llama)
+    with pytest.raises(ValueError, match="'' has no tokens"):
+        LlamaZeroShotClassifier(config_of(), tokenizer, ["a", ""], llama)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_saved_classifier_is_whole_without_the_pretrained_file(
+    tmp_path: Path, causal: bool
+) -> None:
+    model = LlamaEmbeddingClassifier(config_of(num_labels=5), make_llama(causal)).eval()
+    write_checkpoint(tmp_path / "best.pt", model.to_checkpoint())
+    loaded = load_classifier(tmp_path / "best.pt")
+    tokens, lengths = pad_batch(SEQUENCES, pad_id=3)
+    assert torch.equal(loaded(tokens, lengths), model(tokens, lengths))
+    assert loaded.dropout.p == 0.3 and loaded.llama.config.causal == causal
+    assert loaded.llama.tok_embeddings.weight is loaded.llama.output.weight
+
+
+def test_pretrained_checkpoint_is_no_classifier(llama: Llama, tmp_path: Path) -> None:
+    save_llama(llama, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="holds no fine-tuned classifier"):
+        load_classifier(tmp_path / "model.pt")

@@ -1,0 +1,117 @@
+"""AdamW beyond `optimizer_test.py`: torch as an oracle, groups, missing gradients, its state."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from optimizer import AdamW
+
+
+def random_parameters(seed: int = 0) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(5, 3), (7,), (2, 3, 4)]
+    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+
+
+def random_grads(seed: int) -> list[Tensor]:
+    return [parameter.detach() for parameter in random_parameters(seed)]
+
+
+def test_matches_torch_where_both_agree() -> None:
+    """With eps 0 and no decay the two differ in nothing but rounding."""
+    ours, theirs = random_parameters(), random_parameters()
+    optimizers = [
+        AdamW(ours, lr=1e-2, eps=0.0),
+        torch.optim.AdamW(theirs, lr=1e-2, eps=0.0, weight_decay=0.0),
+    ]
+    for step in range(1, 51):
+        for parameters, optimizer in zip((ours, theirs), optimizers, strict=True):
+            for parameter, grad in zip(parameters, random_grads(step), strict=True):
+                parameter.grad = grad
+            optimizer.step()
+    for our, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our, their, rtol=1e-5, atol=1e-6)
+
+
+def test_parameter_without_gradient_stays_and_keeps_its_own_count() -> None:
+    first, second, third = random_parameters()
+    before = second.detach().clone()
+    optimizer = AdamW([first, second, third], lr=0.1)
+    first.grad = torch.ones_like(first)
+    optimizer.step()
+    assert torch.equal(second, before) and second not in optimizer.state
+    second.grad = torch.ones_like(second)
+    optimizer.step()
+    assert optimizer.state[first]["step"] == 2 and optimizer.state[second]["step"] == 1
+    # its first step is that of a fresh optimizer: lr, in the direction of the gradient
+    torch.testing.assert_close(second.detach(), before - 0.1, rtol=0, atol=1e-4)
+
+
+def test_groups_have_their_own_options() -> None:
+    first, second, _ = random_parameters()
+    starts = [first.detach().clone(), second.detach().clone()]
+    optimizer = AdamW([{"params": [first], "lr": 0.1}, {"params": [second]}], lr=0.01)
+    first.grad, second.grad = torch.ones_like(first), torch.ones_like(second)
+    optimizer.step()
+    for parameter, start, lr in zip((first, second), starts, (0.1, 0.01), strict=True):
+        torch.testing.assert_close(parameter.detach(), start - lr, rtol=0, atol=1e-4)
+
+
+def test_without_bias_correction() -> None:
+    parameter = nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
+    optimizer = AdamW([parameter], lr=0.1, betas=(0.9, 0.99), eps=0.5, correct_bias=False)
+    parameter.grad = torch.tensor([2.0], dtype=torch.float64)
+    optimizer.step()
+    # m = 0.1 * 2, v = 0.01 * 4
+    assert parameter.item() == pytest.approx(1.0 - 0.1 * 0.2 / (0.04**0.5 + 0.5), abs=1e-12)
+
+
+def test_closure_is_called_with_gradients() -> None:
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = AdamW([parameter], lr=0.1)
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = parameter.square().sum()
+        loss.backward()
+        return loss.item()
+
+    assert optimizer.step(closure) == 3.0
+    assert (parameter < 1).all()
+
+
+def test_state_dict_resumes_bitwise() -> None:
+    straight, resumed = random_parameters(), random_parameters()
+    optimizer = AdamW(straight, lr=0.1)
+    other: AdamW = AdamW(resumed, lr=0.1)
+    for step in range(6):
+        if step == 3:
+            state = other.state_dict()
+            assert set(state["state"][0]) == {"step", "exp_avg", "exp_avg_sq"}
+            other = AdamW(resumed, lr=0.5)
+            other.load_state_dict(state)
+        for parameters, opt in ((straight, optimizer), (resumed, other)):
+            for parameter, grad in zip(parameters, random_grads(step), strict=True):
+                parameter.grad = grad
+            opt.step()
+    for one, two in zip(straight, resumed, strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"lr": -1.0}, {"eps": -1e-8}, {"weight_decay": -0.1}, {"betas": (1.0, 0.9)}]
+    + [{"betas": (0.9, -0.1)}, {"lr": float("nan")}],
+)
+def test_bad_options_are_errors(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        AdamW(random_parameters(), **options)
+
+
+def test_sparse_gradients_are_refused() -> None:
+    embedding = nn.Embedding(5, 3, sparse=True)
+    embedding(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(RuntimeError, match="sparse"):
+        AdamW(embedding.parameters()).step()

@@ -1,0 +1,78 @@
+"""Tokenizer: the assignment's conventions, on a model trained here and on Llama's own."""
+
+from pathlib import Path
+
+import pytest
+import sentencepiece
+
+from tests.conftest import ROOT
+from tokenizer import Tokenizer
+
+LLAMA_MODEL = ROOT / "tokenizer.model"
+
+
+def test_bos_and_eos_surround_the_text(tokenizer_path: Path) -> None:
+    tokenizer = Tokenizer(tokenizer_model=tokenizer_path)
+    plain = tokenizer.encode("A warm film", bos=False, eos=False)
+    assert tokenizer.encode("A warm film", bos=True, eos=True) == [1, *plain, 2]
+    assert tokenizer.encode("A warm film", bos=True, eos=False) == [1, *plain]
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 3)
+    assert tokenizer.n_words == 320
+
+
+def test_max_len_counts_pieces_of_text_only(tokenizer_path: Path) -> None:
+    plain = Tokenizer(None, tokenizer_path).encode("A dull story", bos=False, eos=False)
+    assert len(plain) > 3
+    assert Tokenizer(3, tokenizer_path).encode("A dull story", True, True) == [1, *plain[:3], 2]
+
+
+@pytest.mark.parametrize("text", ["A warm film .", "naïve 映画 🎬", "two  spaces", ""])
+def test_decode_returns_the_text(tokenizer_path: Path, text: str) -> None:
+    tokenizer = Tokenizer(tokenizer_model=tokenizer_path)
+    # SentencePiece's own normalisation folds white space
+    assert tokenizer.decode(tokenizer.encode(text, True, True)) == " ".join(text.split())
+
+
+def test_default_is_the_model_in_the_current_folder(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert Tokenizer().n_words == 320
+
+
+def test_llama_tokenizer_facts() -> None:
+    """The trailing space of the prompt is a token of its own; the label words are one each."""
+    if not LLAMA_MODEL.exists():
+        pytest.skip("tokenizer.model is not here (data/download.py)")
+    tokenizer = Tokenizer(tokenizer_model=LLAMA_MODEL)
+    assert (tokenizer.n_words, tokenizer.bos_id, tokenizer.eos_id) == (32000, 1, 2)
+    assert tokenizer.pad_id == 3
+    assert tokenizer.encode("This movie is ", bos=False, eos=False)[-1] == 29871
+    for word in ("awful", "bad", "average", "good", "excellent"):
+        ids = tokenizer.encode(word, bos=False, eos=False)
+        assert len(ids) == 1 and tokenizer.sp_model.id_to_piece(ids[0]) == f"▁{word}"
+
+
+def test_other_files_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="none.model: no such tokenizer"):
+        Tokenizer(tokenizer_model=tmp_path / "none.model")
+    with pytest.raises(ValueError, match="is a folder"):
+        Tokenizer(tokenizer_model=tmp_path)
+    for content in (b"", b"<html></html>", bytes(range(256))):
+        (tmp_path / "bad.model").write_bytes(content)
+        with pytest.raises(ValueError, match="bad.model: not a SentencePiece model"):
+            Tokenizer(tokenizer_model=tmp_path / "bad.model")
+
+
+def test_model_without_byte_pieces_is_an_error(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("a warm film and a dull film")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus), model_prefix=str(tmp_path / "plain"), vocab_size=15, minloglevel=2
+    )
+    with pytest.raises(ValueError, match="no piece <0x00>"):
+        Tokenizer(tokenizer_model=tmp_path / "plain.model")
+
+
+def test_max_len_below_one_is_an_error(tokenizer_path: Path) -> None:
+    with pytest.raises(ValueError, match="max_len=0"):
+        Tokenizer(0, tokenizer_path)
