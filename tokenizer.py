@@ -40,10 +40,13 @@ class Tokenizer:
             raise ValueError(f"{path}: is a folder, expected a SentencePiece model")
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such tokenizer")
+        model_proto = path.read_bytes()
         try:
-            self.sp_model = SentencePieceProcessor(model_proto=path.read_bytes())
+            self.sp_model = SentencePieceProcessor(model_proto=model_proto)
         except RuntimeError:
-            raise ValueError(f"{path}: not a SentencePiece model") from None
+            model_proto = b""
+        if not model_proto:  # SentencePiece itself takes an empty file, and then has no model
+            raise ValueError(f"{path}: not a SentencePiece model")
         self.max_len = max_len
         self.n_words: int = self.sp_model.vocab_size()
         self.bos_id: int = self.sp_model.bos_id()

@@ -23,7 +23,7 @@ SENTENCES = [
     "1 ||| Every scene is a small surprise .",
 ]
 # The sizes differ from each other wherever they can, so that a swapped axis cannot pass.
-SHAPE = {"dim": 48, "n_layers": 2, "n_heads": 6, "n_kv_heads": 3, "max_seq_len": 64}
+SHAPE = {"dim": 48, "n_layers": 2, "n_heads": 6, "n_kv_heads": 3, "max_seq_len": 128}
 
 
 @pytest.fixture(scope="session")

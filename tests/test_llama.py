@@ -204,8 +204,8 @@ def test_rope_tables_made_while_evaluating_serve_training() -> None:
 
 
 def test_too_long_a_sequence_is_an_error(llama: Llama) -> None:
-    with pytest.raises(ValueError, match="65 tokens is longer than max_seq_len=64"):
-        llama(random_tokens(1, 65, 320))
+    with pytest.raises(ValueError, match="129 tokens is longer than max_seq_len=128"):
+        llama(random_tokens(1, 129, 320))
 
 
 def test_generate_is_greedy_at_temperature_zero(llama: Llama) -> None:

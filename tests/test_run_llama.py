@@ -1,0 +1,454 @@
+"""The command line, end to end: results, and one line with status 2 for every bad input."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import run_llama
+from base_llama import read_checkpoint, write_checkpoint
+from classifier import load_classifier
+from llama import load_pretrained
+from run_llama import get_args, main
+from tests.conftest import ROOT, SENTENCES, make_llama, save_llama
+from tokenizer import Tokenizer
+from utils import pad_batch
+
+PROMPT = ["--option", "prompt", "--batch_size", "3"]
+FINETUNE = ["--option", "finetune", "--batch_size", "3", "--epochs", "2", "--lr", "1e-3"]
+
+
+def run(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    capsys.readouterr()
+    status = main(argv)
+    out, err = capsys.readouterr()
+    return status, out, re.sub(r"[^\n]*\r", "", err)  # without progress bars
+
+
+def predicted(path: str) -> list[int]:
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    assert [line.split(" ||| ")[1] for line in lines] == [s.split(" ||| ")[1] for s in SENTENCES]
+    return [int(line.split(" ||| ")[0]) for line in lines]
+
+
+def expected_predictions(model: torch.nn.Module, suffix: str = "", size: int = 3) -> list[int]:
+    """What a model says of the sentences, batch by batch."""
+    tokenizer = Tokenizer()
+    texts = [line.split(" ||| ")[1] + suffix for line in SENTENCES]
+    tokens = [tokenizer.encode(text, bos=True, eos=False) for text in texts]
+    predictions: list[int] = []
+    for start in range(0, len(tokens), size):
+        predictions += model(*pad_batch(tokens[start : start + size], 3)).argmax(dim=-1).tolist()
+    return predictions
+
+
+def test_generate(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(["--prompt", "A warm film", "--max_new_tokens", "9"], capsys)
+    assert (status, err) == (0, "")
+    low = Path("output/task_1/generated-sentence-temp-0.txt").read_text(encoding="utf-8")
+    high = Path("output/task_1/generated-sentence-temp-1.txt").read_text(encoding="utf-8")
+    tokenizer = Tokenizer()
+    context = torch.tensor([tokenizer.encode("A warm film", bos=True, eos=False)])
+    llama = load_pretrained("stories42M.pt")
+    assert low == tokenizer.decode(llama.generate(context, 9, 0.0)[0].tolist())
+    generator = torch.Generator().manual_seed(1337)
+    assert high == tokenizer.decode(llama.generate(context, 9, 1.0, generator)[0].tolist())
+    assert out == (
+        "load model from stories42M.pt\n"
+        f"Temperature is 0.0\n{low}\n---------------\n"
+        "Wrote generated sentence to output/task_1/generated-sentence-temp-0.txt.\n"
+        f"Temperature is 1.0\n{high}\n---------------\n"
+        "Wrote generated sentence to output/task_1/generated-sentence-temp-1.txt.\n"
+    )
+
+
+def test_generate_depends_on_the_seed_only_when_sampling(workplace: Path) -> None:
+    texts = {}
+    for run_name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        outputs = [f"{run_name}-0.txt", f"{run_name}-1.txt"]
+        flags = ["--generated_sentence_low_temp_out", "--generated_sentence_high_temp_out"]
+        argv = [word for pair in zip(flags, outputs, strict=True) for word in pair]
+        assert main([*argv, "--seed", str(seed), "--max_new_tokens", "9"]) == 0
+        texts[run_name] = [Path(path).read_text(encoding="utf-8") for path in outputs]
+    assert texts["a"] == texts["b"]
+    assert texts["a"][0] == texts["c"][0] and texts["a"][1] != texts["c"][1]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_prompt(workplace: Path, capsys: pytest.CaptureFixture[str], causal: bool) -> None:
+    status, out, err = run([*PROMPT, *(["--causal"] if causal else [])], capsys)
+    assert (status, err) == (0, "")
+    predictions = predicted("output/task_2/cfimdb-dev-prompting-output.txt")
+    assert predictions == predicted("output/task_2/cfimdb-test-prompting-output.txt")
+    correct = sum(p == int(line[0]) for p, line in zip(predictions, SENTENCES, strict=True)) / 8
+    assert out == (
+        "load model from stories42M.pt\n"
+        "load 8 data from data/cfimdb-dev.txt\n"
+        "load 8 data from data/cfimdb-test.txt\n"
+        f"dev acc :: {correct:.3f}\ntest acc :: {correct:.3f}\n"
+    )
+    tokenizer, llama = Tokenizer(), load_pretrained("stories42M.pt", causal)
+    config = run_llama.ClassifierConfig(2, "", 0.0, "prompt")
+    model = run_llama.LlamaZeroShotClassifier(config, tokenizer, ["bad", "good"], llama)
+    suffix = " Is this movie bad or good? This movie is "
+    assert predictions == expected_predictions(model, suffix)
+
+
+def test_finetune(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(FINETUNE, capsys)
+    assert (status, err) == (0, "")
+    path = "output/task_3/cfimdb-finetune-2-0.001.pt"
+    model = load_classifier(path)
+    predictions = expected_predictions(model)
+    assert predictions == predicted("output/task_3/cfimdb-dev-finetuning-output.txt")
+    assert predictions == predicted("output/task_3/cfimdb-test-finetuning-output.txt")
+
+    epochs = re.findall(
+        r"^epoch (\d): train loss :: \d\.\d{3}, train acc :: \d\.\d{3}, dev acc :: (\d\.\d{3})$",
+        out,
+        re.MULTILINE,
+    )
+    assert [epoch for epoch, _ in epochs] == ["0", "1"]
+    best = max(accuracy for _, accuracy in epochs)
+    assert f"load model from {path}\ndev acc :: {best}\ntest acc :: {best}\n" in out
+    for split in ("train", "dev", "test"):
+        assert out.count(f"load 8 data from data/cfimdb-{split}.txt\n") == 1
+
+    start = load_pretrained("stories42M.pt")
+    for name, parameter in model.llama.named_parameters():
+        assert not torch.equal(parameter, start.get_parameter(name)), f"{name} did not train"
+
+
+def test_finetune_keeps_the_best_epoch(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of dev accuracies 0, 0.5, 0.5, 0.25 the first 0.5 is kept; a first of 0 is kept too."""
+    evaluate, dev_accuracies = run_llama.model_eval, iter([0.0, 0.5, 0.5, 0.25])
+    kept: list[torch.Tensor] = []
+
+    def scripted(loader, model, device):  # type: ignore[no-untyped-def]
+        result = evaluate(loader, model, device)
+        if len(kept) % 2:  # every second evaluation is of dev
+            result = result._replace(accuracy=next(dev_accuracies, result.accuracy))
+        kept.append(model.classifier_head.weight.detach().clone())
+        return result
+
+    monkeypatch.setattr(run_llama, "model_eval", scripted)
+    status, out, _ = run([*FINETUNE, "--epochs", "4"], capsys)
+    assert status == 0 and out.count("save the model to") == 2
+    saved = load_classifier("output/task_3/cfimdb-finetune-4-0.001.pt").classifier_head.weight
+    assert torch.equal(saved, kept[3]) and not torch.equal(saved, kept[5])
+
+
+def test_finetune_memorises_eight_sentences(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for mode in ("--no-causal", "--causal"):
+        argv = ["--option", "finetune", "--epochs", "25", "--lr", "1e-3", "--batch_size", "8", mode]
+        status, out, _ = run([*argv, "--hidden_dropout_prob", "0"], capsys)
+        assert status == 0 and "train acc :: 1.000" in out and "dev acc :: 1.000" in out
+        assert predicted("output/task_3/cfimdb-test-finetuning-output.txt") == [0, 1] * 4
+
+
+def test_loss_divides_a_short_last_batch_by_the_nominal_size(workplace: Path) -> None:
+    """Faithful: the gradient of two examples in a batch of eight is a quarter of their mean's."""
+    lines = (workplace / "data/cfimdb-train.txt").read_text().splitlines()[:2]
+    (workplace / "data/cfimdb-train.txt").write_text("\n".join(lines) + "\n")
+    gradients = []
+
+    class Recorder(run_llama.AdamW):
+        def step(self, closure=None):  # type: ignore[no-untyped-def]
+            gradients.append(self.param_groups[0]["params"][-1].grad.clone())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_llama, "AdamW", Recorder)
+        for batch_size in ("2", "8"):
+            argv = ["--option", "finetune", "--epochs", "1", "--hidden_dropout_prob", "0"]
+            assert main([*argv, "--batch_size", batch_size]) == 0
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(gradients[1], gradients[0] / 4)
+
+
+def test_finetune_is_determined_by_the_seed(workplace: Path) -> None:
+    weights = []
+    for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
+        assert main([*FINETUNE, "--seed", seed, "--filepath", f"{name}.pt"]) == 0
+        weights.append(read_checkpoint(f"{name}.pt")["model"])
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    key = "classifier_head.weight"
+    assert not torch.equal(weights[0][key], weights[2][key])
+
+
+def test_finetune_writes_tensorboard_events(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, _ = run(FINETUNE, capsys)
+    (folder,) = [path for path in Path("output/task_3").iterdir() if path.is_dir()]
+    assert re.fullmatch(r"cfimdb-finetune-2-0\.001-\d{8}-\d{6}", folder.name)
+    events = EventAccumulator(str(folder)).Reload()
+    for name in ("loss", "learning_rate", "tokens_per_second"):
+        points = events.Scalars(f"step/{name}")
+        assert [point.step for point in points] == list(range(6))  # 2 epochs of 3 batches
+        assert all(point.value > 0 for point in points)
+    for split in ("train", "dev"):
+        logged = [f"{point.value:.3f}" for point in events.Scalars(f"accuracy/{split}")]
+        assert logged == re.findall(rf"{split} acc :: (.{{5}})", out)[: len(logged)]
+        assert len(events.Scalars(f"macro_f1/{split}")) == 2
+    tensors = {tag: events.Tensors(tag) for tag in events.Tags()["tensors"]}
+    text = {tag: [t.tensor_proto.string_val[0].decode() for t in ts] for tag, ts in tensors.items()}
+    assert "| lr | `0.001` |" in text["settings/text_summary"][0]
+    confusion = text["dev confusion (best epoch)/text_summary"][-1]
+    counts = [int(n) for row in confusion.splitlines()[4:] for n in row.split("|")[2:4]]
+    best = max(float(x) for x in re.findall(r"train acc :: .{5}, dev acc :: (.{5})", out))
+    assert sum(counts) == 8 and counts[0] + counts[3] == round(best * 8)
+
+
+def test_test_file_without_labels(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = workplace / "data/cfimdb-test.txt"
+    path.write_text("".join(f"-1 ||| {line.split(' ||| ')[1]}\n" for line in SENTENCES))
+    status, out, _ = run(PROMPT, capsys)
+    assert status == 0 and out.endswith("test acc :: n/a\n")
+    assert set(predicted("output/task_2/cfimdb-test-prompting-output.txt")) <= {0, 1}
+
+
+def test_open_labels_are_left_out_of_the_accuracy(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(PROMPT) == 0
+    predictions = predicted("output/task_2/cfimdb-test-prompting-output.txt")
+    lines = [f"-1 ||| {line.split(' ||| ')[1]}" for line in SENTENCES]
+    right, wrong = predictions[0], 1 - predictions[1]
+    lines[0], lines[1] = f"{right}{lines[0][2:]}", f"{wrong}{lines[1][2:]}"
+    (workplace / "data/cfimdb-test.txt").write_text("\n".join(lines) + "\n")
+    _, out, _ = run(PROMPT, capsys)
+    assert "test acc :: 0.500\n" in out
+
+
+def test_placeholder_labels_are_noted(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = workplace / "data/cfimdb-test.txt"
+    path.write_text("".join(f"0 ||| {line.split(' ||| ')[1]}\n" for line in SENTENCES))
+    _, out, _ = run(PROMPT, capsys)
+    assert out.endswith("is 0, a placeholder; its accuracy means nothing\n")
+
+
+def test_dataset_sets_inputs_and_outputs() -> None:
+    args = get_args(["--option", "finetune", "--dataset", "sst", "--dev", "mine.txt"])
+    assert (args.train, args.dev, args.test) == (
+        "data/sst-train.txt",
+        "mine.txt",
+        "data/sst-test.txt",
+    )
+    assert args.label_names == "data/sst-label-mapping.json"
+    assert args.dev_out == "output/task_3/sst-dev-finetuning-output.txt"
+    assert args.test_out == "output/task_3/sst-test-finetuning-output.txt"
+    assert args.filepath == "output/task_3/sst-finetune-5-2e-05.pt"
+
+
+def test_results_are_named_after_the_data() -> None:
+    """So that two data sets do not overwrite each other's results."""
+    argv = ["--option", "finetune", "--dev", "x/sst-dev.txt"]
+    assert get_args(argv).filepath == "output/task_3/sst-finetune-5-2e-05.pt"
+    assert get_args(argv).dev_out == "output/task_3/sst-dev-finetuning-output.txt"
+
+
+def test_assignments_defaults() -> None:
+    args = vars(get_args([]))
+    expected = {
+        "option": "generate",
+        "train": "data/cfimdb-train.txt",
+        "dev": "data/cfimdb-dev.txt",
+        "test": "data/cfimdb-test.txt",
+        "label_names": "data/cfimdb-label-mapping.json",
+        "pretrained_model_path": "stories42M.pt",
+        "tokenizer_path": "tokenizer.model",
+        "max_sentence_len": None,
+        "seed": 1337,
+        "epochs": 5,
+        "batch_size": 8,
+        "lr": 2e-5,
+        "hidden_dropout_prob": 0.3,
+        "use_gpu": False,
+        "causal": None,
+        "max_new_tokens": 75,
+        "prompt": run_llama.PROMPT,
+    }
+    assert {key: args[key] for key in expected} == expected
+
+
+def test_flags_take_hyphens_and_underscores() -> None:
+    for argv in (
+        ["--pretrained_model_path", "a.pt", "--max-new-tokens=3", "--no_causal"],
+        ["--pretrained-model-path=a.pt", "--max_new_tokens", "3", "--no-causal"],
+    ):
+        args = get_args(argv)
+        assert (args.pretrained_model_path, args.max_new_tokens, args.causal) == ("a.pt", 3, False)
+    assert get_args(["--prompt", "--use-gpu"[2:] + "_x"]).prompt == "use-gpu_x"  # values stay
+
+
+def bad_inputs() -> dict[str, tuple[list[str], str]]:
+    """Name -> arguments and a pattern of the error; `prepare` makes the files."""
+    long = ["--dev_out", "x/dev-prompting-output.txt"]
+    return {
+        "missing checkpoint": (["--pretrained-model-path", "no.pt"], "no.pt: No such file"),
+        "missing tokenizer": (["--tokenizer_path", "no.model"], "no.model: No such file"),
+        "missing data": ([*PROMPT, "--dev", "no.txt"], "no.txt: No such file"),
+        "missing label words": ([*PROMPT, "--label-names", "no.json"], "no.json: No such file"),
+        "missing training data": ([*FINETUNE, "--train", "no.txt"], "no.txt: No such file"),
+        "folder as checkpoint": (["--pretrained-model-path", "data"], "data: Is a directory"),
+        "folder as data": ([*PROMPT, "--test", "data"], "data: Is a directory"),
+        "no separator": ([*PROMPT, "--dev", "separator.txt"], 'separator.txt:2: expected "<label>'),
+        "label no integer": ([*PROMPT, "--dev", "word.txt"], "word.txt:2: expected a whole number"),
+        "label outside": ([*FINETUNE, "--train", "range.txt"], "range.txt:2: label 2 is not among"),
+        "label open in dev": ([*PROMPT, "--dev", "open.txt"], "open.txt:1: label -1 is not among"),
+        "not UTF-8": ([*PROMPT, "--test", "latin1.txt"], "latin1.txt:2: not UTF-8"),
+        "empty data": ([*PROMPT, "--dev", "empty.txt"], "empty.txt: is empty"),
+        "label words no JSON": (
+            [*PROMPT, "--label-names", "word.txt"],
+            "word.txt: not a JSON file",
+        ),
+        "label words no list": ([*PROMPT, "--label-names", "dict.json"], "expected a JSON list"),
+        "truncated checkpoint": (["--pretrained-model-path", "cut.pt"], "cut.pt: cannot be read"),
+        "HTML checkpoint": (["--pretrained-model-path", "page.pt"], "page.pt: .*an HTML page"),
+        "code in checkpoint": (["--pretrained-model-path", "code.pt"], "nothing in it was run"),
+        "lacking checkpoint": (["--pretrained-model-path", "lack.pt"], "missing layers.1"),
+        "misshapen checkpoint": (
+            ["--pretrained-model-path", "shape.pt"],
+            "wrong shape: norm.weight",
+        ),
+        "other vocabulary": (
+            ["--pretrained-model-path", "vocab.pt"],
+            "a vocabulary of 320, but .* 99",
+        ),
+        "broken tokenizer": (["--tokenizer_path", "page.pt"], "page.pt: not a SentencePiece model"),
+        "too long a sentence": (
+            [*PROMPT, "--dev", "long.txt"],
+            "long.txt:1: .* than the model's 128",
+        ),
+        "name of dev_out": (
+            [*PROMPT, "--dev_out", "x.txt"],
+            "must end in dev-prompting-output.txt",
+        ),
+        "name of test_out": ([*FINETUNE, "--test_out", "test-prompting-output.txt"], "must end in"),
+        "other task's name": ([*FINETUNE, *long], "must end in dev-finetuning-output.txt"),
+        "batch size": ([*PROMPT, "--batch_size", "0"], "--batch_size: 0 is below 1"),
+        "epochs": ([*FINETUNE, "--epochs", "-1"], "--epochs: -1 is below 1"),
+        "max_new_tokens": (["--max_new_tokens", "0"], "--max_new_tokens: 0 is below 1"),
+        "max_sentence_len": (["--max_sentence_len", "0"], "--max_sentence_len: 0 is below 1"),
+        "no number": ([*FINETUNE, "--lr", "fast"], "--lr: invalid learning_rate value: 'fast'"),
+        "NaN": ([*FINETUNE, "--lr", "nan"], "--lr: nan is not a number of at least 0"),
+        "dropout": (
+            [*FINETUNE, "--hidden_dropout_prob", "1"],
+            "--hidden_dropout_prob: 1.0 is not in",
+        ),
+        "seed": (["--seed", "-5"], "--seed: -5 is not in 0 to"),
+        "unknown option": (["--option", "dance"], "--option: invalid choice: 'dance'"),
+        "unknown flag": (["--speed", "9"], "unrecognized arguments: --speed 9"),
+        "abbreviation": (["--epoch", "9"], "unrecognized arguments: --epoch 9"),
+        "file as folder": (
+            ["--generated_sentence_low_temp_out", "empty.txt/x.txt"],
+            "empty.txt.*: (File exists|Not a directory)",
+        ),
+        "folder as output": (
+            ["--generated_sentence_high_temp_out", "data"],
+            "data: cannot be written",
+        ),
+        "device as output": (["--generated_sentence_low_temp_out", "/dev/null"], "no plain file"),
+        "unwritable folder": (["--generated_sentence_low_temp_out", "/proc/x/y.txt"], "/proc/x"),
+    }
+
+
+class RunsCode:
+    def __reduce__(self):  # type: ignore[no-untyped-def]
+        return os.mkdir, ("was-run",)
+
+
+def prepare(folder: Path) -> None:
+    """The bad files that `bad_inputs` name."""
+    model = make_llama(causal=False)
+    whole = (folder / "stories42M.pt").read_bytes()
+    lines = {
+        "separator.txt": b"0 ||| fine\n1 || not\n",
+        "word.txt": b"0 ||| fine\ngood ||| not\n",
+        "range.txt": b"0 ||| fine\n2 ||| not\n",
+        "open.txt": b"-1 ||| not\n",
+        "latin1.txt": b"0 ||| fine\n1 ||| caf\xe9\n",
+        "empty.txt": b"",
+        "dict.json": b'{"bad": 0, "good": 1}',
+        "cut.pt": whole[: len(whole) // 2],
+        "page.pt": b"<html><title>404</title></html>",
+        "long.txt": b"0 ||| " + b"word " * 99,
+    }
+    for name, content in lines.items():
+        (folder / name).write_bytes(content)
+    torch.save({"model": RunsCode(), "model_args": {}}, folder / "code.pt")
+    args = model.config.to_model_args()
+    weights = dict(model.state_dict())
+    misshapen = {**weights, "norm.weight": torch.ones(47)}
+    write_checkpoint(folder / "shape.pt", {"model": misshapen, "model_args": args})
+    del weights["layers.1.ffn_norm.weight"]
+    write_checkpoint(folder / "lack.pt", {"model": weights, "model_args": args})
+    save_llama(make_llama(causal=False, vocab_size=99), folder / "vocab.pt")
+
+
+@pytest.mark.parametrize("name", bad_inputs())
+def test_bad_input_is_one_line_and_status_2(
+    workplace: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    prepare(workplace)
+    argv, pattern = bad_inputs()[name]
+    status, out, err = run(argv, capsys)
+    assert status == 2
+    assert re.fullmatch(rf"run_llama\.py: error: .*{pattern}.*\n", err), err
+    results = [p for p in (workplace / "output").rglob("*") if p.is_file()]
+    assert results == [] and not Path("was-run").exists()
+    assert "acc ::" not in out and "Temperature" not in out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_use_gpu_without_cuda(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run(["--use_gpu"], capsys)
+    assert status == 2 and "--use_gpu: PyTorch finds no CUDA device" in err and err.count("\n") == 1
+
+
+def test_failed_run_leaves_old_results(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(PROMPT) == 0
+    path = Path("output/task_2/cfimdb-dev-prompting-output.txt")
+    before = path.read_bytes()
+    (workplace / "data/cfimdb-test.txt").write_text("broken\n")
+    assert main(PROMPT) == 2
+    assert path.read_bytes() == before
+
+
+def test_as_a_process(workplace: Path) -> None:
+    """A real process, in another folder: results to stdout, progress to stderr, status."""
+    command = [sys.executable, str(ROOT / "run_llama.py"), *PROMPT]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "dev acc ::" in done.stdout and "eval" not in done.stdout and "eval" in done.stderr
+    shutil.rmtree("data")
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("run_llama.py: error: ") and done.stderr.count("\n") == 1
+
+
+def test_interrupt_is_one_line(workplace: Path) -> None:
+    """A real SIGINT in the middle of training: status 130, no traceback, no half file."""
+    command = [sys.executable, str(ROOT / "run_llama.py"), *FINETUNE, "--epochs", "5000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith(b"epoch 1"):
+                break
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"interrupted" in err and b"Traceback" not in err
+    assert not list(Path("output").rglob("*.tmp"))
+    load_classifier("output/task_3/cfimdb-finetune-5000-0.001.pt")
