@@ -50,8 +50,8 @@ class LlamaPreTrainedModel(nn.Module):
         """
         residual_std = 0.02 / (2 * self.config.n_layers) ** 0.5
         for name, parameter in self.named_parameters():
-            if parameter.dim() < 2:
-                continue  # RMSNorm's gains stay at one
+            if parameter.dim() < 2 or parameter.is_meta:
+                continue  # RMSNorm's gains stay at one; on the meta device nothing is drawn
             # Faithful: the assignment scales w3, the up projection; the residual writer is w2.
             residual = name.endswith(("compute_output.weight", "w3.weight"))
             nn.init.normal_(parameter, mean=0.0, std=residual_std if residual else 0.02)

@@ -149,11 +149,12 @@ class Llama(LlamaPreTrainedModel):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        # Not drawn on its own, since it becomes output's matrix.
+        self.tok_embeddings = nn.Embedding.from_pretrained(self.output.weight, freeze=False)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(LlamaLayer(i, config) for i in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.layer_norm_eps)
-        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.tie_weights()
         self.init_weights()
 
