@@ -1,0 +1,637 @@
+"""Checks of data/download.py against real servers on 127.0.0.1, good and bad ones.
+
+The files are small ones made here and stand in for the real ones; no test leaves this machine.
+"""
+
+import hashlib
+import importlib.util
+import io
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "data" / "download.py"
+
+
+def load_download() -> ModuleType:
+    """The module of data/download.py, which is in no package."""
+    spec = importlib.util.spec_from_file_location("download", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["download"] = module  # where dataclasses look
+    spec.loader.exec_module(module)
+    return module
+
+
+def make_zip(content: bytes) -> bytes:
+    """An archive of one stored member, as torch.save would write it."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("archive/data/0", content)
+    return stream.getvalue()
+
+
+download = load_download()
+REAL_FILES = download.FILES
+
+TOKENIZER = random.Random(0).randbytes(700_001)  # some reads, and no whole number of them
+DEV = b"1 ||| fine\n0 ||| dull\n" * 40
+COURSE_CHECKPOINT = make_zip(random.Random(1).randbytes(500_000))
+HUB_CHECKPOINT = random.Random(2).randbytes(400_000)
+ENDLESS = 40_000_000  # bytes; far more than the system buffers between server and client
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Serves the files of its server, with ranges, and misbehaves as the server says."""
+
+    server: "Server"
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        server = self.server
+        wanted = self.headers["Range"]
+        server.requests.append((self.path, wanted))
+        body = server.files.get(self.path)
+        if body is None:
+            return self.send_error(404)
+        start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted else 0
+        if wanted and server.ranges == "refuse":
+            return self.send_error(416)
+        if wanted and server.ranges != "ignore":
+            first = start - 1 if server.ranges == "shift" else start
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {first}-{len(body) - 1}/{len(body)}")
+            body = body[first:]
+        else:
+            self.send_response(200)
+        self.send_header("Content-Type", server.content_type)
+        if server.says_length:
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if server.cuts:
+            body = body[: server.cuts.pop(0)]
+        for i in range(0, len(body), 100_000):
+            try:
+                server.sent += self.wfile.write(body[i : i + 100_000])
+            except OSError:  # the client has had enough
+                return
+        if server.stalls:
+            server.closing.wait()
+
+
+class Server(ThreadingHTTPServer):
+    """Files by path, and a record of what was asked for and sent."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.files = {
+            "/course/tokenizer.model": TOKENIZER,
+            "/course/data/sst-dev.txt": DEV,
+            "/cmu/stories42M.pt": COURSE_CHECKPOINT,
+            "/hub/stories42M.pt": HUB_CHECKPOINT,
+        }
+        self.requests: list[tuple[str, str | None]] = []  # path, Range
+        self.sent = 0  # bytes of bodies
+        self.ranges = "serve"  # or: ignore, refuse, shift
+        self.content_type = "application/octet-stream"
+        self.says_length = True
+        self.cuts: list[int] = []  # after how many bytes to close the next connections
+        self.stalls = False  # instead of closing
+        self.closing = threading.Event()
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy of the machine would stand before 127.0.0.1 too."""
+    monkeypatch.setenv("no_proxy", "*")
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A server whose files are the ones to download; `course`, `cmu` and `hub` are places on it."""
+    with Server() as running:
+        pinned = download.Pinned
+        dev, tokenizer, hub = (
+            hashlib.sha256(body).hexdigest() for body in (DEV, TOKENIZER, HUB_CHECKPOINT)
+        )
+        course_url, cmu_url, hub_url = (
+            f"{running.url}/{name}" for name in ("course", "cmu", "hub")
+        )
+        files = (
+            pinned(dev, len(DEV), "data/sst-dev.txt", course_url),
+            pinned(tokenizer, len(TOKENIZER), "tokenizer.model", course_url),
+            pinned(None, len(COURSE_CHECKPOINT), "stories42M.pt", cmu_url),
+            pinned(hub, len(HUB_CHECKPOINT), "stories42M.pt", hub_url, ".hub.part"),
+        )
+        monkeypatch.setattr(download, "FILES", files)
+        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield running
+        running.closing.set()
+        running.shutdown()
+        thread.join()
+
+
+class Result(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    return tmp_path / "target"
+
+
+@pytest.fixture
+def run(target: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs the program with the target folder as `--to`."""
+
+    def run_main(*argv: str) -> Result:
+        status = download.main([*argv, "--to", str(target)])
+        return Result(status, *capsys.readouterr())
+
+    return run_main
+
+
+def error_line(result: Result) -> str:
+    """The one line of a failure; progress bars may stand before it."""
+    assert result.status == 2
+    assert "Traceback" not in result.err
+    lines = result.err.splitlines()
+    assert [line for line in lines if "error:" in line] == lines[-1:]
+    assert lines[-1].startswith("download.py: error: ")
+    return lines[-1]
+
+
+def names_below(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def put(path: Path, content: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def closed_port() -> int:
+    """A port where nothing listens."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+    return port
+
+
+# What is fetched
+
+
+def test_fetches_all_files(server: Server, target: Path, run: Run) -> None:
+    result = run()
+    assert result.status == 0
+    assert (target / "tokenizer.model").read_bytes() == TOKENIZER
+    assert (target / "data" / "sst-dev.txt").read_bytes() == DEV
+    assert (target / "stories42M.pt").read_bytes() == COURSE_CHECKPOINT
+    assert names_below(target) == {"tokenizer.model", "data/sst-dev.txt", "stories42M.pt"}
+    assert result.out == f"{target}: 3 fetched, 0 already there\n"
+
+
+def test_progress_is_one_line_a_file(server: Server, run: Run) -> None:
+    lines = run().err.rstrip("\n").split("\n")
+    last_states = [line.split("\r")[-1] for line in lines]
+    assert [state.split()[0] for state in last_states] == [
+        "data/sst-dev.txt",
+        "tokenizer.model",
+        "stories42M.pt",
+    ]
+    assert all("100%" in state for state in last_states)
+
+
+def test_second_run_fetches_nothing(server: Server, run: Run) -> None:
+    run()
+    server.requests.clear()
+    result = run()
+    assert result == Result(0, result.out, "")
+    assert "0 fetched, 3 already there" in result.out
+    assert server.requests == []
+
+
+def test_fetches_only_what_is_named(server: Server, target: Path, run: Run) -> None:
+    assert run("data/sst-dev.txt", "data/sst-dev.txt").status == 0
+    assert names_below(target) == {"data/sst-dev.txt"}
+    assert server.requests == [("/course/data/sst-dev.txt", None)]
+
+
+def test_unknown_name_lists_the_known(server: Server, target: Path, run: Run) -> None:
+    line = error_line(run("data/sst-dev.txt", "sst-dev.txt"))
+    assert "sst-dev.txt: not one of the files: data/sst-dev.txt, tokenizer.model" in line
+    assert not target.exists()
+
+
+# Broken-off downloads
+
+
+def test_resumes_with_the_missing_bytes_only(server: Server, target: Path, run: Run) -> None:
+    part = put(target / "tokenizer.model.part", TOKENIZER[:300_000])
+    result = run("tokenizer.model")
+    assert result.status == 0
+    assert (target / "tokenizer.model").read_bytes() == TOKENIZER
+    assert not part.exists()
+    assert server.requests == [("/course/tokenizer.model", "bytes=300000-")]
+    assert server.sent == len(TOKENIZER) - 300_000
+    states = re.findall(r"(\d+)%", result.err)
+    assert (states[0], states[-1]) == ("43", "100")  # of 700,001 bytes
+
+
+@pytest.mark.parametrize("ranges", ["ignore", "refuse", "shift"])
+def test_starts_again_where_the_server_cannot_resume(
+    server: Server, target: Path, run: Run, ranges: str
+) -> None:
+    put(target / "tokenizer.model.part", b"x" * 300_000)  # would spoil the file if it stayed
+    server.ranges = ranges
+    assert run("tokenizer.model").status == 0
+    assert (target / "tokenizer.model").read_bytes() == TOKENIZER
+
+
+@pytest.mark.parametrize("extra", [0, 1])
+def test_discards_a_part_that_is_too_long_or_wrong(
+    server: Server, target: Path, run: Run, extra: int
+) -> None:
+    put(target / "tokenizer.model.part", b"x" * (len(TOKENIZER) + extra))
+    assert run("tokenizer.model").status == 0
+    assert (target / "tokenizer.model").read_bytes() == TOKENIZER
+    assert server.requests == [("/course/tokenizer.model", None)]
+
+
+def test_complete_part_needs_no_request(server: Server, target: Path, run: Run) -> None:
+    inode = put(target / "tokenizer.model.part", TOKENIZER).stat().st_ino
+    assert run("tokenizer.model").status == 0
+    assert names_below(target) == {"tokenizer.model"}
+    assert (target / "tokenizer.model").stat().st_ino == inode  # renamed: never half a file there
+    assert server.requests == []
+
+
+def test_resumes_within_a_run(server: Server, target: Path, run: Run) -> None:
+    server.cuts = [250_000, 250_000]
+    assert run("tokenizer.model").status == 0
+    assert (target / "tokenizer.model").read_bytes() == TOKENIZER
+    assert [wanted for _, wanted in server.requests] == [None, "bytes=250000-", "bytes=500000-"]
+
+
+def test_gives_up_after_some_breaks(server: Server, run: Run) -> None:
+    server.cuts = [10] * 100
+    assert "50 of 700,001 bytes" in error_line(run("tokenizer.model"))
+    assert len(server.requests) == 5
+
+
+def test_truncated_body_is_completed_by_a_second_run(
+    server: Server, target: Path, run: Run
+) -> None:
+    server.cuts = [400_000, 0]  # the second connection brings nothing: no more tries
+    line = error_line(run("tokenizer.model"))
+    assert "400,000 of 700,001 bytes" in line and "run again to resume" in line
+    assert names_below(target) == {"tokenizer.model.part"}
+    server.requests.clear()
+    assert run("tokenizer.model").status == 0
+    assert (target / "tokenizer.model").read_bytes() == TOKENIZER
+    assert server.requests == [("/course/tokenizer.model", "bytes=400000-")]
+
+
+def test_stalled_connection_ends_and_keeps_what_came(
+    server: Server, target: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "TIMEOUT", 0.3)
+    server.cuts = [123_456, 0]
+    server.stalls = True
+    line = error_line(run("tokenizer.model"))
+    assert "timed out" in line and "123,456 of 700,001 bytes" in line
+    assert (target / "tokenizer.model.part").read_bytes() == TOKENIZER[:123_456]
+
+
+def test_interrupt_says_how_to_resume(server: Server, target: Path) -> None:
+    """Ctrl-C in a real process, in the middle of a body."""
+    server.files["/course/tokenizer.model"] = bytes(499_723)  # the real size
+    server.cuts = [200_000]
+    server.stalls = True
+    argv = ["tokenizer.model", "--from", f"{server.url}/course", "--to", str(target)]
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *argv], stderr=subprocess.PIPE, text=True
+    )
+    part = target / "tokenizer.model.part"
+    deadline = time.monotonic() + 10
+    while not (part.exists() and part.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == "download.py: interrupted; run again to resume"
+    assert "Traceback" not in err
+    assert names_below(target) == {"tokenizer.model.part"}
+    assert part.stat().st_size > 0
+
+
+# Wrong contents
+
+
+def test_wrong_hash_leaves_nothing(server: Server, target: Path, run: Run) -> None:
+    wrong = b"x" + TOKENIZER[1:]
+    server.files["/course/tokenizer.model"] = wrong
+    line = error_line(run("tokenizer.model"))
+    assert f"expected SHA-256 {hashlib.sha256(TOKENIZER).hexdigest()}" in line
+    assert f"found {hashlib.sha256(wrong).hexdigest()}" in line
+    assert names_below(target) == set()
+
+
+@pytest.mark.parametrize("says_length", [True, False])
+def test_larger_body_leaves_nothing(
+    server: Server, target: Path, run: Run, says_length: bool
+) -> None:
+    server.files["/course/tokenizer.model"] = TOKENIZER + bytes(ENDLESS)
+    server.says_length = says_length
+    line = error_line(run("tokenizer.model"))
+    assert "expected 700,001 bytes, found " in line
+    assert names_below(target) == set()
+    assert server.sent < ENDLESS
+
+
+@pytest.mark.parametrize("says_length", [True, False])
+def test_html_page_is_refused(server: Server, target: Path, run: Run, says_length: bool) -> None:
+    """A log-in page answers everything with 200; what came before it must survive."""
+    part = put(target / "tokenizer.model.part", TOKENIZER[:300_000])
+    server.files["/course/tokenizer.model"] = b"<html>Please log in</html>"
+    server.content_type = "text/html; charset=utf-8"
+    server.ranges = "ignore"
+    server.says_length = says_length
+    assert "expected 700,001 bytes, found an HTML page" in error_line(run("tokenizer.model"))
+    assert part.read_bytes() == TOKENIZER[:300_000]
+    assert names_below(target) == {"tokenizer.model.part"}
+
+
+def test_existing_wrong_file_is_not_overwritten(server: Server, target: Path, run: Run) -> None:
+    mine = put(target / "tokenizer.model", b"mine")
+    line = error_line(run())
+    assert str(mine) in line and "expected 700,001 bytes, found 4" in line
+    assert "move or delete it" in line
+    assert mine.read_bytes() == b"mine"
+    assert server.requests == []
+
+
+def test_existing_file_of_the_right_size_is_hashed(server: Server, target: Path, run: Run) -> None:
+    put(target / "tokenizer.model", bytes(len(TOKENIZER)))
+    assert "SHA-256" in error_line(run("tokenizer.model"))
+
+
+# Places that do not answer
+
+
+def test_missing_file_is_an_error(server: Server, target: Path, run: Run) -> None:
+    del server.files["/course/tokenizer.model"]
+    line = error_line(run("tokenizer.model"))
+    assert f"{server.url}/course/tokenizer.model: HTTP Error 404" in line
+    assert names_below(target) == set()
+
+
+def test_no_network_is_one_line_within_seconds(target: Path) -> None:
+    url = f"http://127.0.0.1:{closed_port()}"
+    start = time.monotonic()
+    process = subprocess.run(
+        [sys.executable, str(SCRIPT), "--from", url, "--to", str(target)],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert time.monotonic() - start < 8
+    assert process.returncode == 2
+    assert process.stderr == (
+        f"download.py: error: {url}/tokenizer.model: Connection refused\n"  # the first, no other
+    )
+
+
+def test_no_network_mentions_another_way(
+    server: Server, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"http://127.0.0.1:{closed_port()}"
+    files = [download.Pinned(p.sha256, p.size, p.name, url, p.part) for p in download.FILES]
+    monkeypatch.setattr(download, "FILES", files)
+    result = run()
+    assert result.err == (
+        f"download.py: error: {url}/data/sst-dev.txt: Connection refused; "
+        "--from DIR_OR_URL takes the files from another place\n"
+    )
+    assert error_line(result)
+
+
+# --from
+
+
+@pytest.fixture(params=["folder", "url"])
+def place(request: pytest.FixtureRequest, server: Server, tmp_path: Path) -> Iterator[str]:
+    """A place with the course's layout, twice: a folder, and an address that ends in a slash."""
+    if request.param == "url":
+        yield f"{server.url}/course/"
+        return
+    put(tmp_path / "a folder" / "tokenizer.model", TOKENIZER)
+    put(tmp_path / "a folder" / "data" / "sst-dev.txt", DEV)
+    yield str(tmp_path / "a folder")
+    assert server.requests == []
+
+
+def add_file(place: str, server: Server, name: str, content: bytes) -> None:
+    """Add a file to a place of the fixture above."""
+    if place.startswith("http"):
+        server.files[f"/course/{name}"] = content
+    else:
+        put(Path(place) / name, content)
+
+
+def test_from_without_checkpoint_is_normal(
+    place: str, server: Server, target: Path, run: Run
+) -> None:
+    result = run("--from", place)
+    assert result.status == 0
+    assert (target / "tokenizer.model").read_bytes() == TOKENIZER
+    assert (target / "data" / "sst-dev.txt").read_bytes() == DEV
+    assert names_below(target) == {"tokenizer.model", "data/sst-dev.txt"}
+    last = result.err.splitlines()[-1]
+    assert "has no stories42M.pt" in last and last.endswith("data/download.py stories42M.pt")
+    again = run("--from", place)
+    assert again.status == 0 and again.err.splitlines() == [last]
+
+
+def test_from_without_named_checkpoint_is_an_error(place: str, target: Path, run: Run) -> None:
+    assert "stories42M.pt: " in error_line(run("--from", place, "stories42M.pt"))
+    assert names_below(target) == set()
+
+
+def test_from_without_another_file_is_an_error(
+    server: Server, tmp_path: Path, target: Path, run: Run
+) -> None:
+    folder = put(tmp_path / "source" / "tokenizer.model", TOKENIZER).parent
+    line = error_line(run("--from", str(folder)))
+    assert f"{folder}/data/sst-dev.txt: No such file" in line
+    del server.files["/course/data/sst-dev.txt"]
+    assert "data/sst-dev.txt: HTTP Error 404" in error_line(run("--from", f"{server.url}/course"))
+
+
+@pytest.mark.parametrize("content", [COURSE_CHECKPOINT, HUB_CHECKPOINT], ids=["course", "hub"])
+def test_from_takes_either_checkpoint(
+    place: str, server: Server, target: Path, run: Run, content: bytes
+) -> None:
+    add_file(place, server, "stories42M.pt", content)
+    result = run("--from", place)
+    assert result.status == 0 and "3 fetched" in result.out
+    assert (target / "stories42M.pt").read_bytes() == content
+    assert "0 fetched, 3 already there" in run("--from", place).out
+
+
+@pytest.mark.parametrize("content", [b"neither", HUB_CHECKPOINT[:-1] + b"x"], ids=["size", "hash"])
+def test_from_takes_no_other_checkpoint(
+    place: str, server: Server, target: Path, run: Run, content: bytes
+) -> None:
+    add_file(place, server, "stories42M.pt", content)
+    assert "stories42M.pt: expected " in error_line(run("--from", place, "stories42M.pt"))
+    assert names_below(target) == set()
+
+
+@pytest.mark.parametrize("source", ["nowhere", "ftp://127.0.0.1/", ""])
+def test_from_must_be_a_folder_or_an_address(
+    server: Server, target: Path, run: Run, source: str
+) -> None:
+    assert "neither a folder nor an http(s) address" in error_line(run("--from", source))
+    assert not target.exists()
+
+
+# The two checkpoints
+
+
+@pytest.mark.parametrize("failure", ["gone", "broken", "other size"])
+def test_hub_stands_in_for_the_course(server: Server, target: Path, run: Run, failure: str) -> None:
+    if failure == "gone":
+        del server.files["/cmu/stories42M.pt"]
+    elif failure == "broken":
+        server.cuts = [200_000, 0]
+    else:
+        server.files["/cmu/stories42M.pt"] += b"x"
+    result = run("stories42M.pt")
+    assert result.status == 0
+    assert (target / "stories42M.pt").read_bytes() == HUB_CHECKPOINT
+    assert names_below(target) == {"stories42M.pt"}
+    notices = [line for line in result.err.splitlines() if line.startswith("download.py: ")]
+    assert len(notices) == 1
+    assert f"{server.url}/cmu/stories42M.pt: " in notices[0]
+    assert notices[0].endswith(f"; trying {server.url}/hub/stories42M.pt")
+    assert "0 fetched, 1 already there" in run("stories42M.pt").out
+
+
+def test_unfinished_checkpoints_do_not_mix(server: Server, target: Path, run: Run) -> None:
+    cmu = server.files.pop("/cmu/stories42M.pt")
+    server.cuts = [150_000, 0]
+    assert "150,000 of 400,000 bytes" in error_line(run("stories42M.pt"))
+    server.files["/cmu/stories42M.pt"] = cmu
+    server.requests.clear()
+    assert run("stories42M.pt").status == 0
+    assert server.requests == [("/cmu/stories42M.pt", None)]
+    assert (target / "stories42M.pt").read_bytes() == COURSE_CHECKPOINT
+    assert names_below(target) == {"stories42M.pt"}
+
+
+@pytest.mark.parametrize("position", [250_000, COURSE_CHECKPOINT.index(b"PK\1\2")])
+def test_checkpoint_without_hash_is_checked_by_crc(
+    server: Server, target: Path, run: Run, position: int
+) -> None:
+    """One wrong bit, in the member and in the archive's directory."""
+    damaged = bytearray(COURSE_CHECKPOINT)
+    damaged[position] ^= 1
+    server.files["/course/stories42M.pt"] = bytes(damaged)
+    line = error_line(run("--from", f"{server.url}/course", "stories42M.pt"))
+    assert "expected a sound zip archive" in line
+    assert names_below(target) == set()
+    mine = put(target / "stories42M.pt", bytes(damaged))
+    assert "move or delete it" in error_line(run("stories42M.pt"))
+    assert mine.read_bytes() == damaged
+
+
+# Targets
+
+
+def test_target_that_is_no_folder(server: Server, target: Path, run: Run) -> None:
+    target.write_text("mine")
+    assert f"{target}: not a folder" in error_line(run())
+    assert target.read_text() == "mine"
+    assert server.requests == []
+
+
+def test_target_that_cannot_be_written(server: Server, target: Path, run: Run) -> None:
+    put(target / "data", b"a file where a folder should be")
+    assert f"{target / 'data'}: " in error_line(run("data/sst-dev.txt"))
+    assert server.requests == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_full_disk_is_no_fault_of_the_source(server: Server, target: Path, run: Run) -> None:
+    target.mkdir()
+    (target / "stories42M.pt.part").symlink_to("/dev/full")
+    assert error_line(run("stories42M.pt")).endswith(f"{target}: No space left on device")
+    assert server.requests == [("/cmu/stories42M.pt", None)]
+
+
+def test_target_is_the_repository_by_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_download().get_args([]).to == ROOT.resolve()
+
+
+def test_help_from_another_folder(tmp_path: Path) -> None:
+    process = subprocess.run(
+        [sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert (process.returncode, process.stderr) == (0, "")
+    assert all(word in process.stdout for word in ("FILE", "--from DIR_OR_URL", "--to DIR"))
+
+
+# The real table
+
+
+def test_table_names_every_file_once() -> None:
+    names = [
+        f"data/{data}-{split}.txt"
+        for data in ("sst", "cfimdb")
+        for split in ("train", "dev", "test")
+    ]
+    names += ["data/sst-label-mapping.json", "data/cfimdb-label-mapping.json"]
+    names += ["tokenizer.model", "sanity_check.data", "stories42M.pt", "stories42M.pt"]
+    assert sorted(pinned.name for pinned in REAL_FILES) == sorted(names)
+    assert len({pinned.name + pinned.part for pinned in REAL_FILES}) == len(REAL_FILES)
+    for pinned in REAL_FILES:
+        assert pinned.base_url.startswith("https://")
+        assert pinned.sha256 is None or re.fullmatch("[0-9a-f]{64}", pinned.sha256)
+
+
+@pytest.mark.parametrize("name", dict.fromkeys(pinned.name for pinned in REAL_FILES))
+def test_downloaded_file_is_the_pinned_one(name: str) -> None:
+    path = ROOT / name
+    if not path.exists():
+        pytest.skip(f"{name} is not downloaded: uv run python data/download.py {name}")
+    assert download.is_in_place(path, [pinned for pinned in REAL_FILES if pinned.name == name])
