@@ -8,6 +8,7 @@ side first in every second round; memory is the peak of a process that does one 
 """
 
 import argparse
+import contextlib
 import multiprocessing
 import platform
 import resource
@@ -64,7 +65,8 @@ def make_batch(name: str, task: str, tokenizer: Tokenizer) -> tuple[Tensor, Tens
     label_names = read_label_names(ROOT / f"data/{name}-label-mapping.json")
     suffix = build_prompt_suffix(label_names) if task == "prompt" else ""
     path = ROOT / f"data/{name}-{'dev' if task == 'prompt' else 'train'}.txt"
-    examples = create_data(path, tokenizer, len(label_names), 1024, suffix)
+    with contextlib.redirect_stdout(sys.stderr):  # standard output holds the table alone
+        examples = create_data(path, tokenizer, len(label_names), 1024, suffix)
     examples = examples[: BATCH_SIZES[name][task]]
     tokens, lengths = pad_batch([example.tokens for example in examples], tokenizer.pad_id)
     return tokens, lengths, torch.tensor([example.label for example in examples])
@@ -209,7 +211,7 @@ def describe_machine(device: torch.device) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--use_gpu", action="store_true")
-    parser.add_argument("--rounds", type=int, default=7, help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
     args = parser.parse_args()
     device = resolve_device(args.use_gpu)
     transformers.logging.set_verbosity_error()
