@@ -37,6 +37,7 @@ from llama import Llama, load_pretrained
 from optimizer import AdamW
 from tokenizer import Tokenizer
 from utils import (
+    SEPARATOR,
     accuracy,
     check_readable,
     check_writable,
@@ -44,6 +45,7 @@ from utils import (
     macro_f1,
     open_atomically,
     pad_batch,
+    read_lines,
     resolve_device,
     seed_everything,
 )
@@ -53,7 +55,6 @@ if TYPE_CHECKING:  # imported where it is used: it takes a second
 
 TASKS = ("generate", "prompt", "finetune")
 DATASETS = ("sst", "cfimdb")
-SEPARATOR = " ||| "
 NO_LABEL = -1  # in a test file: no gold label is known
 PROMPT = (
     "I have wanted to see this thriller for a while, and it didn't disappoint. "
@@ -111,27 +112,6 @@ class LlamaDataset(Dataset[Example]):
             generator=shuffle,
             collate_fn=self.collate_fn,
         )
-
-
-def read_lines(path: str | Path) -> list[str]:
-    """The lines of a UTF-8 text file, without their ends.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is empty, or a line is not UTF-8.
-    """
-    lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    if not lines[-1]:
-        lines.pop()  # what follows the last line's end
-    if not lines:
-        raise ValueError(f"{path}: is empty")
-    texts = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            texts.append(line.removesuffix(b"\r").decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}:{number}: not UTF-8 text: {error.reason}") from None
-    return texts
 
 
 def parse_example(line: str, path: str | Path, line_number: int) -> tuple[int, str]:

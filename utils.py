@@ -1,4 +1,4 @@
-"""Small things that need no model: seeding, devices, safe writing, padding, and scores."""
+"""Small things that need no model: seeding, devices, files, padding, and scores."""
 
 import os
 import random
@@ -11,6 +11,8 @@ from typing import IO, Any
 import numpy as np
 import torch
 from torch import Tensor
+
+SEPARATOR = " ||| "  # between label and sentence
 
 
 def seed_everything(seed: int) -> None:
@@ -77,6 +79,27 @@ def open_atomically(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+def read_lines(path: str | Path) -> list[str]:
+    """The lines of a UTF-8 text file, without their ends.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is empty, or a line is not UTF-8.
+    """
+    lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    if not lines[-1]:
+        lines.pop()  # what follows the last line's end
+    if not lines:
+        raise ValueError(f"{path}: is empty")
+    texts = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            texts.append(line.removesuffix(b"\r").decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}:{number}: not UTF-8 text: {error.reason}") from None
+    return texts
 
 
 def pad_batch(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
