@@ -56,6 +56,16 @@ class LlamaPreTrainedModel(nn.Module):
             residual = name.endswith(("compute_output.weight", "w3.weight"))
             nn.init.normal_(parameter, mean=0.0, std=residual_std if residual else 0.02)
 
+    def save_pretrained(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write a checkpoint that `load_pretrained` reads, its weights stored as `dtype`.
+
+        It is written whole or not at all.
+        """
+        weights = {name: tensor.to(dtype) for name, tensor in self.state_dict().items()}
+        # One tensor under both names, so that the file holds it once.
+        weights.update(dict.fromkeys(TIED_NAMES, weights[TIED_NAMES[-1]]))
+        write_checkpoint(path, {"model": weights, "model_args": self.config.to_model_args()})
+
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """The dict that a checkpoint file holds, tensors on the CPU; runs no code from the file.
@@ -98,14 +108,17 @@ def write_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
 
 
 def parse_config(
-    checkpoint: Mapping[str, Any], path: str | Path, causal: bool | None = None
+    checkpoint: Mapping[str, Any],
+    path: str | Path,
+    causal: bool | None = None,
+    dropout: float | None = None,
 ) -> LlamaConfig:
     """The config of a checkpoint.
 
     Args:
         checkpoint: what `read_checkpoint` returned.
         path: where it came from, for messages.
-        causal: overrides the checkpoint's own field where it is not None.
+        causal, dropout: override the checkpoint's own fields where they are not None.
 
     Raises:
         ValueError: `model_args` do not describe a Llama.
@@ -114,7 +127,11 @@ def parse_config(
         config = LlamaConfig.from_model_args(checkpoint["model_args"])
     except ValueError as error:
         raise ValueError(f"{path}: model_args: {error}") from None
-    return config if causal is None else replace(config, causal=causal)
+    return replace(
+        config,
+        causal=config.causal if causal is None else causal,
+        dropout=config.dropout if dropout is None else dropout,
+    )
 
 
 def parse_weights(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:

@@ -258,12 +258,14 @@ def sample_next_token(
     return torch.multinomial(probabilities, num_samples=1, generator=generator)
 
 
-def load_pretrained(path: str | Path, causal: bool | None = None) -> Llama:
+def load_pretrained(
+    path: str | Path, causal: bool | None = None, dropout: float | None = None
+) -> Llama:
     """The model of a checkpoint, on the CPU, in eval mode.
 
     Args:
         path: a checkpoint in one of the formats that `base_llama` reads.
-        causal: overrides the checkpoint's own `causal` where it is not None.
+        causal, dropout: override the checkpoint's own where they are not None.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -271,7 +273,7 @@ def load_pretrained(path: str | Path, causal: bool | None = None) -> Llama:
     """
     checkpoint = read_checkpoint(path)
     with torch.device("meta"):  # no memory and no random numbers for weights that are replaced
-        model = Llama(parse_config(checkpoint, path, causal))
+        model = Llama(parse_config(checkpoint, path, causal, dropout))
     load_strictly(model, parse_weights(checkpoint, path), path)
     model.tie_weights()
     return model.eval()

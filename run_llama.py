@@ -1,8 +1,9 @@
-"""The assignment's three tasks behind one command.
+"""The assignment's three tasks behind one command, and pretraining beside them.
 
     uv run python run_llama.py --option generate   continue a sentence, greedily and by sampling
     uv run python run_llama.py --option prompt     classify reviews zero-shot, by the label's words
     uv run python run_llama.py --option finetune   train a classifier on reviews
+    uv run python run_llama.py --option pretrain   train the language model itself on text
 
 Results go to files, scores to standard output, progress and errors to standard error. A bad input
 ends the program with one line and exit status 2.
@@ -12,12 +13,13 @@ import argparse
 import io
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+import pretraining
 from base_llama import write_checkpoint
 from classifier import (
     ClassifierConfig,
@@ -33,18 +36,24 @@ from classifier import (
     LlamaZeroShotClassifier,
     load_classifier,
 )
+from config import LlamaConfig
 from llama import Llama, load_pretrained
 from optimizer import AdamW
 from tokenizer import Tokenizer
 from utils import (
     SEPARATOR,
+    OneLineParser,
     accuracy,
+    at_least_one,
     check_readable,
     check_writable,
     confusion_matrix,
+    describe_error,
+    has_bfloat16,
     macro_f1,
     open_atomically,
     pad_batch,
+    read_documents,
     read_lines,
     resolve_device,
     seed_everything,
@@ -53,9 +62,11 @@ from utils import (
 if TYPE_CHECKING:  # imported where it is used: it takes a second
     from torch.utils.tensorboard import SummaryWriter
 
-TASKS = ("generate", "prompt", "finetune")
-DATASETS = ("sst", "cfimdb")
+TASKS = ("generate", "prompt", "finetune", "pretrain")
+DATASETS = ("sst", "cfimdb", "demo")
+CHECKPOINT = "stories42M.pt"
 NO_LABEL = -1  # in a test file: no gold label is known
+SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len")  # flags of a new model
 PROMPT = (
     "I have wanted to see this thriller for a while, and it didn't disappoint. "
     "Keanu Reeves, playing the hero John Wick, is"
@@ -282,7 +293,7 @@ def load_model(args: argparse.Namespace) -> tuple[Llama, Tokenizer]:
         FileNotFoundError, ValueError: one of them cannot be used, or their vocabularies differ.
     """
     tokenizer = Tokenizer(args.max_sentence_len, args.tokenizer_path)
-    llama = load_pretrained(args.pretrained_model_path, args.causal)
+    llama = load_pretrained(args.pretrained_model_path, args.causal, args.dropout)
     if tokenizer.n_words != llama.config.vocab_size:
         raise ValueError(
             f"{args.tokenizer_path}: a vocabulary of {tokenizer.n_words}, but that of "
@@ -364,7 +375,7 @@ def train(
     loader = train_data.loader(args.batch_size, torch.Generator().manual_seed(args.seed))
     optimizer = AdamW(model.parameters(), lr=args.lr)
     best_dev_accuracy = -math.inf
-    with open_log(args) as log:
+    with open_log(args, Path(args.dev_out).parent) as log:
         for epoch in range(args.epochs):
             train_loss = train_epoch(model, loader, optimizer, args.batch_size, device, log, epoch)
             train_result = model_eval(train_data.loader(args.batch_size), model, device)
@@ -443,15 +454,81 @@ def classifier_config(args: argparse.Namespace, label_names: Sequence[str]) -> C
     )
 
 
+def pretrain(args: argparse.Namespace, device: torch.device) -> None:
+    """Train the language model, from scratch or on from a checkpoint; keep its best epoch."""
+    if args.shape:
+        tokenizer = Tokenizer(args.max_sentence_len, args.tokenizer_path)
+        llama = Llama(
+            LlamaConfig(
+                vocab_size=tokenizer.n_words,
+                **args.shape,
+                dropout=args.dropout or 0.0,
+                causal=True,
+            )
+        )
+    else:
+        llama, tokenizer = load_model(args)
+    print(f"{sum(p.numel() for p in llama.parameters()):,} parameters: {llama.config}")
+    train_documents, dev_documents = (
+        load_documents(paths, tokenizer) for paths in (args.train, args.dev)
+    )
+    copy_tokenizer(args)
+
+    def keep() -> None:
+        llama.save_pretrained(args.filepath, getattr(torch, args.store_dtype))
+        print(f"save the model to {args.filepath}")
+
+    bfloat16 = args.dtype == "bfloat16" or (args.dtype is None and has_bfloat16(device))
+    print(f"computes in {'bfloat16' if bfloat16 else 'float32'}")
+    with open_log(args, Path(args.filepath).parent) as log:
+        pretraining.train(
+            llama.to(device),
+            train_documents,
+            dev_documents,
+            pretraining.Schedule(args.epochs, args.batch_size, args.lr),
+            torch.Generator().manual_seed(args.seed),
+            torch.autocast(device.type, torch.bfloat16, enabled=bfloat16),
+            log,
+            keep,
+        )
+
+
+def load_documents(paths: Sequence[str], tokenizer: Tokenizer) -> list[Tensor]:
+    """The documents of text files, each tokenised once, with BOS."""
+    documents = []
+    for path in paths:
+        texts = read_documents(path)
+        tokens = [torch.tensor(tokenizer.encode(text, bos=True, eos=False)) for text in texts]
+        print(f"load {len(tokens)} documents, {sum(map(len, tokens))} tokens from {path}")
+        documents += tokens
+    if not documents:
+        raise ValueError(f"{paths[0]}: holds no text")
+    return documents
+
+
+def copy_tokenizer(args: argparse.Namespace) -> None:
+    """Put the tokenizer beside the checkpoint that it goes with, where `load_model` looks."""
+    target = Path(args.filepath).with_name("tokenizer.model")
+    model = Path(args.tokenizer_path).read_bytes()
+    if not target.exists():
+        with open_atomically(target, "wb") as file:
+            file.write(model)
+    elif target.read_bytes() != model:
+        raise ValueError(
+            f"{target}: is another tokenizer than {args.tokenizer_path}; each checkpoint needs its "
+            "own beside it, so choose another folder for --filepath"
+        )
+
+
 # --------------------------------------------------------------------------------- TensorBoard
 
 
-def open_log(args: argparse.Namespace) -> "SummaryWriter":
-    """A new TensorBoard run beside `args.dev_out`, with the run's settings in it."""
+def open_log(args: argparse.Namespace, folder: Path) -> "SummaryWriter":
+    """A new TensorBoard run in a folder, with the run's settings in it."""
     from torch.utils.tensorboard import SummaryWriter
 
     name = f"{Path(args.filepath).stem}-{datetime.now():%Y%m%d-%H%M%S}"
-    log = SummaryWriter(str(Path(args.dev_out).parent / name))
+    log = SummaryWriter(str(folder / name))
     rows = [[name, f"`{value}`"] for name, value in sorted(vars(args).items())]
     log.add_text("settings", markdown_table([["setting", "value"], *rows]))
     return log
@@ -500,21 +577,6 @@ def markdown_table(rows: Sequence[Sequence[object]]) -> str:
 # -------------------------------------------------------------------------------- command line
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose errors are exceptions, for `main` to report in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
-def at_least_one(text: str) -> int:
-    """Argument type: a whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is below 1")
-    return value
-
-
 def seed(text: str) -> int:
     """Argument type: a whole number that every generator takes as a seed."""
     value = int(text)
@@ -556,8 +618,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = model.add_argument
     add(
         "--pretrained-model-path",
-        default="stories42M.pt",
-        help="checkpoint (default: %(default)s)",
+        help=f"checkpoint (default: {CHECKPOINT}, or the demo's where that is missing)",
     )
     add("--tokenizer_path", help="default: tokenizer.model in the checkpoint's folder")
     add("--max_sentence_len", type=at_least_one, help="cut texts to this many pieces")
@@ -579,11 +640,17 @@ def build_parser() -> argparse.ArgumentParser:
             help=f"file for the text at temperature {temperature} (default: %(default)s)",
         )
 
-    data = parser.add_argument_group("data (prompt and finetune)")
+    data = parser.add_argument_group("data (all but generate)")
     add = data.add_argument
     add("--dataset", choices=DATASETS, help="sets the next four and the names of all results")
     for split in ("train", "dev", "test"):
-        add(f"--{split}", help=f"lines `label ||| sentence` (default: data/cfimdb-{split}.txt)")
+        add(
+            f"--{split}",
+            nargs="+",
+            metavar="FILE",
+            help=f"lines `label ||| sentence` (default: data/cfimdb-{split}.txt)"
+            + (", for pretrain also plain text and several files" if split != "test" else ""),
+        )
     add(
         "--label-names",
         help="JSON list of label words (default: data/cfimdb-label-mapping.json)",
@@ -596,11 +663,16 @@ def build_parser() -> argparse.ArgumentParser:
             f"(default: output/task_{{2,3}}/<dataset>-{split}-...)",
         )
 
-    training = parser.add_argument_group("training (finetune; batch size: prompt too)")
+    training = parser.add_argument_group("training (finetune and pretrain; batch size: prompt too)")
     add = training.add_argument
     add("--epochs", type=at_least_one, default=5, help="default: %(default)s")
-    add("--batch_size", type=at_least_one, default=8, help="sentences (default: %(default)s)")
-    add("--lr", type=learning_rate, default=2e-5, help="AdamW's (default: %(default)s)")
+    add(
+        "--batch_size",
+        type=at_least_one,
+        default=8,
+        help="sentences; pretrain: blocks of max_seq_len tokens (default: %(default)s)",
+    )
+    add("--lr", type=learning_rate, help="AdamW's (default: 2e-5; pretrain, the peak: 1e-3)")
     add(
         "--hidden_dropout_prob",
         type=dropout,
@@ -609,7 +681,28 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--filepath",
-        help="the best classifier (default: output/task_3/<dataset>-finetune-<epochs>-<lr>.pt)",
+        help="the best classifier (default: output/task_3/<dataset>-finetune-<epochs>-<lr>.pt) or "
+        "language model (default: output/pretrain/<dataset>-<epochs>-<lr>/model.pt)",
+    )
+
+    shape = parser.add_argument_group(
+        "pretrain", "With any of the first five: from scratch; without: on from the checkpoint."
+    )
+    add = shape.add_argument
+    for name in SHAPE:
+        default = getattr(LlamaConfig, name)
+        add(f"--{name}", type=at_least_one, help=f"default: {default or 'that of n_heads'}")
+    add("--dropout", type=dropout, help="inside the layers (default: the checkpoint's; else 0)")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of the large products (default: bfloat16 where the hardware has it)",
+    )
+    add(
+        "--store_dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the weights in the checkpoint (default: %(default)s)",
     )
     return parser
 
@@ -628,15 +721,14 @@ def get_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         words.append(known.get(flag.replace("_", "-"), flag) + equals + value)
     args = parser.parse_args(words)
 
-    dataset = args.dataset or "cfimdb"
-    args.train = args.train or f"data/{dataset}-train.txt"
-    args.dev = args.dev or f"data/{dataset}-dev.txt"
-    args.test = args.test or f"data/{dataset}-test.txt"
-    args.label_names = args.label_names or f"data/{dataset}-label-mapping.json"
-    args.dataset = args.dataset or Path(args.dev).stem.removesuffix("-dev")
-    if args.tokenizer_path is None:
-        args.tokenizer_path = str(Path(args.pretrained_model_path).with_name("tokenizer.model"))
-    if args.option in ("prompt", "finetune"):
+    args.shape = {name: getattr(args, name) for name in SHAPE if getattr(args, name) is not None}
+    fill_in_model(args)
+    fill_in_data(args)
+    if args.lr is None:
+        args.lr = 1e-3 if args.option == "pretrain" else 2e-5
+    if args.option == "pretrain":
+        check_pretraining(args)
+    elif args.option != "generate":
         folder, kind = {
             "prompt": ("output/task_2", "prompting"),
             "finetune": ("output/task_3", "finetuning"),
@@ -648,8 +740,104 @@ def get_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                 raise ValueError(f"--{split}_out {path}: must end in {ending}")
             setattr(args, f"{split}_out", path)
     if args.filepath is None:
-        args.filepath = f"output/task_3/{args.dataset}-finetune-{args.epochs}-{args.lr}.pt"
+        args.filepath = (
+            f"output/pretrain/{args.dataset}-{args.epochs}-{args.lr}/model.pt"
+            if args.option == "pretrain"
+            else f"output/task_3/{args.dataset}-finetune-{args.epochs}-{args.lr}.pt"
+        )
     return args
+
+
+def fill_in_model(args: argparse.Namespace) -> None:
+    """Find the checkpoint and its tokenizer; the demo's stand in for a default that is not there.
+
+    Raises:
+        ValueError: the flags contradict each other.
+    """
+    if args.option == "pretrain" and args.shape:
+        if args.pretrained_model_path is not None:
+            raise ValueError(
+                f"--{next(iter(args.shape))} asks for a new model, --pretrained-model-path for an "
+                "old one; leave one of them out"
+            )
+        if args.tokenizer_path is None:
+            raise ValueError("a new model needs a tokenizer; name one with --tokenizer_path")
+        return
+    if args.shape:
+        raise ValueError(f"--{next(iter(args.shape))} is for --option pretrain only")
+    if args.pretrained_model_path is None:
+        args.pretrained_model_path = CHECKPOINT
+        if not Path(CHECKPOINT).exists():
+            args.pretrained_model_path = str(demo_folder() / "model.pt")
+            stand_in(CHECKPOINT, args.pretrained_model_path)
+    if args.tokenizer_path is None:
+        args.tokenizer_path = str(Path(args.pretrained_model_path).with_name("tokenizer.model"))
+
+
+def fill_in_data(args: argparse.Namespace) -> None:
+    """Find the data files; the demo's stand in for CFIMDB's if nothing was named.
+
+    Raises:
+        ValueError: several files where only pretraining takes them.
+    """
+    names = ("train", "dev", "test", "label_names")
+    if (
+        args.option != "generate"
+        and args.dataset is None
+        and not any(getattr(args, name) for name in names)
+    ):
+        missing = [path for path in data_files("cfimdb").values() if not Path(path).exists()]
+        if missing:
+            args.dataset = "demo"
+            stand_in(missing[0], str(demo_folder()))
+    for name, path in data_files(args.dataset or "cfimdb").items():
+        if getattr(args, name) is None:
+            setattr(args, name, path if name == "label_names" else [path])
+    args.dataset = args.dataset or Path(args.dev[0]).stem.removesuffix("-dev")
+    if args.option != "pretrain":
+        for name in ("train", "dev", "test"):
+            path, *more = getattr(args, name)
+            if more:
+                raise ValueError(f"--{name} {path} {more[0]}: one file only, except to pretrain")
+            setattr(args, name, path)
+
+
+def demo_folder() -> Path:
+    """The data and the model that come with the repository, as seen from the current folder."""
+    return Path(os.path.relpath(Path(__file__).parent / "data" / "demo"))
+
+
+def data_files(dataset: str) -> dict[str, str]:
+    """The four files of a data set, by the flags that name them."""
+    beginning = f"{demo_folder()}{os.sep}" if dataset == "demo" else f"data/{dataset}-"
+    files = {split: f"{beginning}{split}.txt" for split in ("train", "dev", "test")}
+    return {**files, "label_names": f"{beginning}label-mapping.json"}
+
+
+def stand_in(missing: str, demo: str) -> None:
+    """Say that the demo takes the place of a default, and how to get the real thing."""
+    print(
+        f"run_llama.py: note: there is no {missing}, so {demo} stands in for it; "
+        "get the real one with: uv run python data/download.py",
+        file=sys.stderr,
+    )
+
+
+def check_pretraining(args: argparse.Namespace) -> None:
+    """Raise where pretraining's flags make no sense together.
+
+    Raises:
+        ValueError: says which.
+    """
+    if args.causal is False:
+        raise ValueError("--no-causal: next-token training is causal, or it would see its answers")
+    args.causal = True
+    for dev in args.dev:
+        for train in args.train:
+            if Path(dev).exists() and Path(train).exists() and os.path.samefile(dev, train):
+                raise ValueError(
+                    f"--dev {dev}: is a training file too; a loss on it would say nothing"
+                )
 
 
 def check_files(args: argparse.Namespace) -> None:
@@ -660,13 +848,16 @@ def check_files(args: argparse.Namespace) -> None:
     """
     inputs = [args.pretrained_model_path, args.tokenizer_path]
     outputs = [args.generated_sentence_low_temp_out, args.generated_sentence_high_temp_out]
-    if args.option != "generate":
+    if args.option == "pretrain":
+        inputs += [*args.train, *args.dev]
+        outputs = [args.filepath]
+    elif args.option != "generate":
         inputs += [args.label_names, args.dev, args.test]
         outputs = [args.dev_out, args.test_out]
     if args.option == "finetune":
         inputs.append(args.train)
         outputs.append(args.filepath)
-    for path in inputs:
+    for path in filter(None, inputs):
         check_readable(path)
     for path in outputs:
         check_writable(path)
@@ -685,8 +876,10 @@ def run(args: argparse.Namespace) -> None:
         generate_sentence(args, llama, tokenizer, high, temperature=1.0)
     elif args.option == "prompt":
         test_with_prompting(args, device)
-    else:
+    elif args.option == "finetune":
         finetune(args, device)
+    else:
+        pretrain(args, device)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -696,10 +889,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(get_args(argv))
     except (ValueError, OSError) as error:
-        message = str(error)
-        if isinstance(error, OSError) and error.strerror:
-            message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-        print(f"run_llama.py: error: {' '.join(message.split())}", file=sys.stderr)
+        print(f"run_llama.py: error: {describe_error(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("run_llama.py: interrupted", file=sys.stderr)

@@ -1,13 +1,26 @@
 """Text to token ids and back, with a SentencePiece model.
 
+    uv run python tokenizer.py train --input FILE [FILE ...] --vocab_size N --output PATH
+
 Kudo & Richardson 2018, "SentencePiece", arXiv:1808.06226. Reads Llama's `tokenizer.model` and any
-other model that has BOS, EOS and byte pieces.
+other model that has BOS, EOS and byte pieces, such as those that this module trains.
 """
 
+import io
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sentencepiece import SentencePieceProcessor
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+
+from utils import (
+    OneLineParser,
+    at_least_one,
+    check_writable,
+    describe_error,
+    open_atomically,
+    read_documents,
+)
 
 DEFAULT_MODEL = "tokenizer.model"
 PAD_PIECE = "<0x00>"  # Faithful: Llama's model has no padding piece, so byte 0 serves (its id: 3)
@@ -72,3 +85,70 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids; BOS and EOS leave nothing."""
         return self.sp_model.decode(list(ids))
+
+
+def train_tokenizer(paths: Sequence[str | Path], vocab_size: int, output: str | Path) -> None:
+    """Train a BPE tokenizer like Llama's on text, one document a line, labels dropped.
+
+    Sennrich et al. 2016, arXiv:1508.07909. Bytes are pieces too (so no text is unknown), digits
+    stand alone, and text is taken as it is, without Unicode normalisation.
+
+    Args:
+        paths: UTF-8 text files, plain or labelled.
+        vocab_size: pieces, with the three special and the 256 byte pieces.
+        output: where the model goes, whole or not at all.
+
+    Raises:
+        FileNotFoundError, ValueError: a file cannot be used, or the text does not give so many
+            pieces.
+    """
+    documents = [text for path in paths for text in read_documents(path)]
+    if not documents:
+        raise ValueError(f"{paths[0]}: holds no text")
+    model = io.BytesIO()
+    try:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(documents),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type="bpe",
+            byte_fallback=True,
+            split_digits=True,
+            character_coverage=0.9999,
+            normalization_rule_name="identity",
+            max_sentence_length=max(len(text.encode()) for text in documents),
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            num_threads=1,  # so that equal text gives an equal model
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = str(error).split("] ")[-1]
+        raise ValueError(f"--vocab_size {vocab_size}: {reason}") from None
+    with open_atomically(output, "wb") as file:
+        file.write(model.getvalue())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = OneLineParser(description="Train a SentencePiece tokenizer.")
+    command = parser.add_subparsers(dest="command", required=True, parser_class=OneLineParser)
+    train = command.add_parser("train", help="on UTF-8 text files, one document a line")
+    train.add_argument("--input", nargs="+", required=True, help="plain or labelled text files")
+    train.add_argument("--vocab_size", type=at_least_one, required=True, help="pieces, 260 or more")
+    train.add_argument("--output", required=True, help="the model's file")
+    try:
+        args = parser.parse_args(argv)
+        check_writable(args.output)
+        train_tokenizer(args.input, args.vocab_size, args.output)
+    except (ValueError, OSError) as error:
+        print(f"tokenizer.py: error: {describe_error(error)}", file=sys.stderr)
+        return 2
+    print(f"Wrote a tokenizer of {args.vocab_size} pieces to {args.output}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,18 +1,44 @@
-"""Small things that need no model: seeding, devices, files, padding, and scores."""
+"""Small things that need no model: seeding, devices, files, errors, padding, and scores."""
 
+import argparse
 import os
 import random
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
 SEPARATOR = " ||| "  # between label and sentence
+LABEL = re.compile(rf"^\s*[+-]?\d+{re.escape(SEPARATOR)}")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are exceptions, for a `main` to report in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def at_least_one(text: str) -> int:
+    """Argument type: a whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is below 1")
+    return value
+
+
+def describe_error(error: Exception) -> str:
+    """What went wrong, in one line."""
+    message = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(message.split())
 
 
 def seed_everything(seed: int) -> None:
@@ -33,6 +59,13 @@ def resolve_device(use_gpu: bool) -> torch.device:
             "--use_gpu: PyTorch finds no CUDA device; leave the flag out to use the CPU"
         )
     return torch.device("cuda" if use_gpu else "cpu")
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device computes products of bfloat16 in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported()
 
 
 def check_readable(path: str | Path) -> None:
@@ -100,6 +133,19 @@ def read_lines(path: str | Path) -> list[str]:
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}:{number}: not UTF-8 text: {error.reason}") from None
     return texts
+
+
+def read_documents(path: str | Path) -> list[str]:
+    """The texts of a file, one a line, plain or labelled (`label ||| text`): labels are dropped.
+
+    Blank lines are left out.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is empty, or a line is not UTF-8.
+    """
+    texts = (LABEL.sub("", line, count=1).strip() for line in read_lines(path))
+    return [text for text in texts if text]
 
 
 def pad_batch(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:

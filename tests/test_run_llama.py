@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -258,7 +257,7 @@ def test_results_are_named_after_the_data() -> None:
     assert get_args(argv).dev_out == "output/task_3/sst-dev-finetuning-output.txt"
 
 
-def test_assignments_defaults() -> None:
+def test_assignments_defaults(workplace: Path) -> None:
     args = vars(get_args([]))
     expected = {
         "option": "generate",
@@ -280,6 +279,59 @@ def test_assignments_defaults() -> None:
         "prompt": run_llama.PROMPT,
     }
     assert {key: args[key] for key in expected} == expected
+
+
+NOTES = {
+    "stories42M.pt": "run_llama.py: note: there is no stories42M.pt, so {demo}/model.pt stands in "
+    "for it; get the real one with: uv run python data/download.py\n",
+    "data/cfimdb-dev.txt": "run_llama.py: note: there is no data/cfimdb-dev.txt, so {demo} stands "
+    "in for it; get the real one with: uv run python data/download.py\n",
+}
+
+
+@pytest.mark.parametrize("missing", [[], ["stories42M.pt"], ["data/cfimdb-dev.txt"], list(NOTES)])
+def test_demo_stands_in_for_missing_defaults(
+    workplace: Path, capsys: pytest.CaptureFixture[str], missing: list[str]
+) -> None:
+    """Each missing default gets one line; a present one is used."""
+    for name in missing:
+        Path(name).unlink()
+    demo = os.path.relpath(ROOT / "data" / "demo")
+    args = get_args(["--option", "prompt"])
+    assert capsys.readouterr().err == "".join(NOTES[name].format(demo=demo) for name in missing)
+    model = f"{demo}/model.pt" if "stories42M.pt" in missing else "stories42M.pt"
+    assert args.pretrained_model_path == model
+    assert args.tokenizer_path == model.replace("model.pt", "tokenizer.model").replace(
+        "stories42M.pt", "tokenizer.model"
+    )
+    if "data/cfimdb-dev.txt" in missing:
+        files = [f"{demo}/{split}.txt" for split in ("train", "dev", "test")]
+        assert [args.train, args.dev, args.test] == files
+        assert args.label_names == f"{demo}/label-mapping.json"
+        assert args.dev_out == "output/task_2/demo-dev-prompting-output.txt"
+    else:
+        assert args.dev == "data/cfimdb-dev.txt"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--pretrained-model-path", "stories42M.pt"],
+        [*PROMPT, "--dataset", "cfimdb"],
+        [*PROMPT, "--dev", "data/cfimdb-dev.txt"],
+        [*FINETUNE, "--train", "data/cfimdb-train.txt"],
+        ["--option", "generate", "--tokenizer_path", "tokenizer.model"],
+    ],
+)
+def test_a_named_file_is_never_replaced(
+    workplace: Path, capsys: pytest.CaptureFixture[str], argv: list[str]
+) -> None:
+    for name in ("tokenizer.model", "data/cfimdb-dev.txt", "data/cfimdb-train.txt"):
+        Path(name).unlink()
+    if "--pretrained-model-path" in argv:
+        Path("stories42M.pt").unlink()
+    status, _, err = run(argv, capsys)
+    assert status == 2 and err.count("\n") == 1 and "No such file" in err, err
 
 
 def test_flags_take_hyphens_and_underscores() -> None:
@@ -432,7 +484,7 @@ def test_as_a_process(workplace: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0
     assert "dev acc ::" in done.stdout and "eval" not in done.stdout and "eval" in done.stderr
-    shutil.rmtree("data")
+    command += ["--dev", "none.txt"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("run_llama.py: error: ") and done.stderr.count("\n") == 1

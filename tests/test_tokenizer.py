@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from tests.conftest import ROOT
-from tokenizer import Tokenizer
+from tests.conftest import ROOT, SENTENCES
+from tokenizer import Tokenizer, main, train_tokenizer
 
 LLAMA_MODEL = ROOT / "tokenizer.model"
 
@@ -76,3 +76,65 @@ def test_model_without_byte_pieces_is_an_error(tmp_path: Path) -> None:
 def test_max_len_below_one_is_an_error(tokenizer_path: Path) -> None:
     with pytest.raises(ValueError, match="max_len=0"):
         Tokenizer(0, tokenizer_path)
+
+
+def train(*words: str) -> int:
+    return main(["train", "--output", "new/tokenizer.model", *words])
+
+
+def test_trained_tokenizer_is_of_llamas_kind(workplace: Path) -> None:
+    """Labels are no text; special and byte pieces have Llama's ids; any text comes back."""
+    assert train("--input", "data/cfimdb-train.txt", "--vocab_size", "300") == 0
+    tokenizer = Tokenizer(tokenizer_model="new/tokenizer.model")
+    assert (tokenizer.n_words, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (
+        300,
+        1,
+        2,
+        3,
+    )
+    pieces = [tokenizer.sp_model.id_to_piece(i) for i in range(300)]
+    assert pieces[:4] == ["<unk>", "<s>", "</s>", "<0x00>"] and pieces[258] == "<0xFF>"
+    assert not any("|" in piece or piece.isdigit() for piece in pieces)
+    for text in ("A warm film .", "naïve 映画 🎬 ﬁ ①"):  # Unicode is left as it is
+        assert tokenizer.decode(tokenizer.encode(text, True, True)) == text
+
+
+def test_equal_text_gives_an_equal_tokenizer(workplace: Path) -> None:
+    for name in ("a", "b"):
+        train_tokenizer(["data/cfimdb-train.txt"], 300, f"{name}.model")
+    assert Path("a.model").read_bytes() == Path("b.model").read_bytes()
+
+
+def test_long_documents_are_learnt_from(workplace: Path) -> None:
+    """SentencePiece leaves out lines above 4192 bytes unless it is told otherwise."""
+    Path("long.txt").write_text("\n".join(["zyzzyva " * 1000, *SENTENCES]), encoding="utf-8")
+    assert train("--input", "long.txt", "--vocab_size", "300") == 0
+    tokenizer = Tokenizer(tokenizer_model="new/tokenizer.model")
+    assert len(tokenizer.encode("zyzzyva", bos=False, eos=False)) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "pattern"),
+    [
+        (["--input", "no.txt", "--vocab_size", "300"], "no.txt: No such file or directory"),
+        (["--input", "data", "--vocab_size", "300"], "data: Is a directory"),
+        (["--input", "blank.txt", "--vocab_size", "300"], "blank.txt: holds no text"),
+        (["--input", "blank.txt", "--vocab_size", "many"], "--vocab_size: invalid at_least_one value"),
+        (["--input", "data/cfimdb-dev.txt", "--vocab_size", "9999"], "Vocabulary size too high"),
+        (["--input", "data/cfimdb-dev.txt", "--vocab_size", "20"], "smaller than required_chars"),
+        (["--input", "data/cfimdb-dev.txt", "--vocab_size", "-1"], "--vocab_size: -1 is below 1"),
+        (["--vocab_size", "300"], "the following arguments are required: --input"),
+        (
+            ["--input", "data/cfimdb-dev.txt", "--vocab_size", "300", "--output", "data"],
+            "data: cannot be written",
+        ),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    workplace: Path, capsys: pytest.CaptureFixture[str], words: list[str], pattern: str
+) -> None:
+    Path("blank.txt").write_text("1 ||| \n\n")
+    assert train(*words) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and not list(Path().glob("new/*"))
+    assert err.startswith("tokenizer.py: error: ") and pattern in err
