@@ -112,13 +112,14 @@ def parse_config(
     path: str | Path,
     causal: bool | None = None,
     dropout: float | None = None,
+    max_seq_len: int | None = None,
 ) -> LlamaConfig:
     """The config of a checkpoint.
 
     Args:
         checkpoint: what `read_checkpoint` returned.
         path: where it came from, for messages.
-        causal, dropout: override the checkpoint's own fields where they are not None.
+        causal, dropout, max_seq_len: override the checkpoint's own fields where they are not None.
 
     Raises:
         ValueError: `model_args` do not describe a Llama.
@@ -131,6 +132,7 @@ def parse_config(
         config,
         causal=config.causal if causal is None else causal,
         dropout=config.dropout if dropout is None else dropout,
+        max_seq_len=config.max_seq_len if max_seq_len is None else max_seq_len,
     )
 
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from llama import Llama
 from optimizer import AdamW
+from utils import StepLog, to_device
 
 if TYPE_CHECKING:  # imported where it is used: it takes a second
     from torch.utils.tensorboard import SummaryWriter
@@ -119,7 +120,7 @@ def evaluate(
     loss = 0.0
     try:
         for batch in tqdm(blocks.split(batch_size), desc="eval", leave=False):
-            batch = batch.to(llama.output.weight.device)
+            batch = to_device(batch, llama.output.weight.device)
             with precision:
                 hidden = llama.compute_hidden(batch[:, :-1])
                 for rows, targets in slices(hidden, batch, llama.config.vocab_size):
@@ -157,10 +158,7 @@ def train(
     """
     block, device = llama.config.max_seq_len, llama.output.weight.device
     dev_blocks = pack(dev_documents, block, "--dev")
-    batches_per_epoch = math.ceil(
-        len(pack(train_documents, block, "--train")) / schedule.batch_size
-    )
-    steps = schedule.epochs * batches_per_epoch
+    steps_per_epoch = math.ceil(len(pack(train_documents, block, "--train")) / schedule.batch_size)
     parameters = list(llama.parameters())
     optimizer = AdamW(
         [
@@ -172,34 +170,27 @@ def train(
     best = math.inf
     llama.train()
     for epoch in range(schedule.epochs):
+        steps = StepLog(log, optimizer, device, first_step=epoch * steps_per_epoch)
+        start = time.perf_counter()
         order = torch.randperm(len(train_documents), generator=generator).tolist()
         blocks = pack([train_documents[i] for i in order], block)
         blocks = blocks[torch.randperm(len(blocks), generator=generator)]
-        batches = tqdm(blocks.split(schedule.batch_size), desc=f"pretrain-{epoch}", leave=False)
-        loss_sum, seconds = 0.0, 0.0
-        for i, batch in enumerate(batches):
-            step, start = epoch * batches_per_epoch + i, time.perf_counter()
-            lr = learning_rate(step, steps, schedule.lr)
+        batches = blocks.split(schedule.batch_size)
+        for i, batch in enumerate(tqdm(batches, desc=f"pretrain-{epoch}", leave=False)):
+            step = epoch * steps_per_epoch + i
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = learning_rate(step, schedule.epochs * steps_per_epoch, schedule.lr)
             optimizer.zero_grad()
-            loss = backward(llama, batch.to(device), precision).item()  # waits for the device
-            if not math.isfinite(loss):
-                raise ValueError(
-                    f"step {step}: the loss is {loss} at a learning rate of {lr:.3g}; "
-                    "try a lower --lr"
-                )
+            loss = backward(llama, to_device(batch, device), precision)
             torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
             optimizer.step()
-            loss_sum += loss * len(batch)
-            elapsed = time.perf_counter() - start
-            seconds += elapsed
-            log.add_scalar("step/loss", loss, step)
-            log.add_scalar("step/learning_rate", lr, step)
-            log.add_scalar("step/tokens_per_second", batch[:, 1:].numel() / elapsed, step)
+            tokens = batch[:, 1:].numel()
+            steps.add(loss, tokens, tokens)
+        train_loss = steps.loss_sum() / blocks[:, 1:].numel()
+        seconds = time.perf_counter() - start
         dev_loss = evaluate(llama, dev_blocks, schedule.batch_size, precision)
         print(
-            f"epoch {epoch}: train loss :: {loss_sum / len(blocks):.3f}, "
+            f"epoch {epoch}: train loss :: {train_loss:.3f}, "
             f"dev loss :: {dev_loss:.3f}, dev perplexity :: {math.exp(min(dev_loss, 700)):.2f}, "
             f"tokens/s :: {blocks[:, 1:].numel() / seconds:.0f}"
         )

@@ -16,7 +16,12 @@ from torch import Tensor
 
 
 def apply_rotary_emb(
-    query: Tensor, key: Tensor, head_dim: int, max_seq_len: int, theta: float = 10000.0
+    query: Tensor,
+    key: Tensor,
+    head_dim: int,
+    max_seq_len: int,
+    theta: float = 10000.0,
+    start: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Rotate query and key by position.
 
@@ -27,14 +32,15 @@ def apply_rotary_emb(
         max_seq_len: the longest sequence, in tokens, that the model takes; the tables of sines and
             cosines are made once for this length.
         theta: base of the frequencies, dimensionless, > 0.
+        start: position of the first token, >= 0.
 
     Returns:
         Rotated query and key, same shapes and dtypes as given; computed in float32.
 
     Raises:
-        ValueError: head_dim is odd or not that of query and key, or seq > max_seq_len.
+        ValueError: head_dim is odd or not that of query and key, or start + seq > max_seq_len.
     """
-    seq = query.shape[1]
+    end = start + query.shape[1]
     if head_dim % 2:
         raise ValueError(f"head_dim={head_dim} is odd; rotary embeddings rotate pairs of features")
     if query.shape[-1] != head_dim or key.shape[-1] != head_dim:
@@ -42,10 +48,12 @@ def apply_rotary_emb(
             f"head_dim={head_dim}, but query has {query.shape[-1]} features per head "
             f"and key {key.shape[-1]}"
         )
-    if seq > max_seq_len:
-        raise ValueError(f"a sequence of {seq} tokens is longer than max_seq_len={max_seq_len}")
-    cos, sin = rotary_tables(head_dim, max_seq_len, theta, query.device)
-    return _rotate(query, cos[:seq], sin[:seq]), _rotate(key, cos[:seq], sin[:seq])
+    if end > max_seq_len:
+        raise ValueError(f"a sequence of {end} tokens is longer than max_seq_len={max_seq_len}")
+    cos, sin = (
+        table[start:end] for table in rotary_tables(head_dim, max_seq_len, theta, query.device)
+    )
+    return _rotate(query, cos, sin), _rotate(key, cos, sin)
 
 
 @lru_cache(maxsize=16)  # so that all layers of all calls share one pair of tables

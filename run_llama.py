@@ -11,12 +11,14 @@ ends the program with one line and exit status 2.
 
 import argparse
 import io
+import itertools
 import json
 import math
 import os
 import sys
-import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence, Set
+from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -25,7 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 import pretraining
@@ -37,14 +39,17 @@ from classifier import (
     load_classifier,
 )
 from config import LlamaConfig
+from decoding import DecodingLlama, prepare_for_decoding
 from llama import Llama, load_pretrained
 from optimizer import AdamW
 from tokenizer import Tokenizer
 from utils import (
     SEPARATOR,
     OneLineParser,
+    StepLog,
     accuracy,
     at_least_one,
+    autocast,
     check_readable,
     check_writable,
     confusion_matrix,
@@ -57,6 +62,7 @@ from utils import (
     read_lines,
     resolve_device,
     seed_everything,
+    to_device,
 )
 
 if TYPE_CHECKING:  # imported where it is used: it takes a second
@@ -65,8 +71,10 @@ if TYPE_CHECKING:  # imported where it is used: it takes a second
 TASKS = ("generate", "prompt", "finetune", "pretrain")
 DATASETS = ("sst", "cfimdb", "demo")
 CHECKPOINT = "stories42M.pt"
+FULL_PRECISION = nullcontext()
 NO_LABEL = -1  # in a test file: no gold label is known
-SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len")  # flags of a new model
+SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads")  # flags of a new model
+RULE = "---------------"  # between generated texts
 PROMPT = (
     "I have wanted to see this thriller for a while, and it didn't disappoint. "
     "Keanu Reeves, playing the hero John Wick, is"
@@ -82,6 +90,7 @@ class Example(NamedTuple):
     sentence: str
     label: int  # index into the label words, or NO_LABEL
     tokens: list[int]  # with BOS and the prompt's suffix, without EOS
+    line: int  # in the file, from 0
 
 
 class Batch(NamedTuple):
@@ -90,15 +99,24 @@ class Batch(NamedTuple):
     tokens: Tensor  # (batch, seq), int64, padded on the right
     lengths: Tensor  # (batch,), int64
     labels: Tensor  # (batch,), int64
-    sentences: list[str]
+    examples: Sequence[Example]
 
 
 class LlamaDataset(Dataset[Example]):
-    """Examples, and how to make a batch of them."""
+    """Examples, and how to make a batch of them.
 
-    def __init__(self, examples: Sequence[Example], pad_id: int) -> None:
+    Args:
+        examples: in the order of their file.
+        pad_id: fills up the shorter rows of a batch.
+        by_length: whether to put sentences of like length into one batch. In causal mode that
+            saves most of the padding and changes no prediction.
+    """
+
+    def __init__(self, examples: Sequence[Example], pad_id: int, by_length: bool = False) -> None:
         self.examples = examples
         self.pad_id = pad_id
+        # Faithful: in reference mode a prediction depends on its batch, so batches are the file's.
+        self.by_length = by_length
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -110,12 +128,16 @@ class LlamaDataset(Dataset[Example]):
         """A batch, padded on the right to its longest row."""
         tokens, lengths = pad_batch([example.tokens for example in examples], self.pad_id)
         labels = torch.tensor([example.label for example in examples])
-        return Batch(tokens, lengths, labels, [example.sentence for example in examples])
+        return Batch(tokens, lengths, labels, examples)
 
     def loader(
         self, batch_size: int, shuffle: torch.Generator | None = None
     ) -> "DataLoader[Example]":
         """Batches in the file's order, or in a new random order for each pass over them."""
+        if self.by_length:
+            lengths = [len(example.tokens) for example in self.examples]
+            batches = LengthBatches(lengths, batch_size, shuffle)
+            return DataLoader(self, batch_sampler=batches, collate_fn=self.collate_fn)
         return DataLoader(
             self,
             batch_size,
@@ -123,6 +145,52 @@ class LlamaDataset(Dataset[Example]):
             generator=shuffle,
             collate_fn=self.collate_fn,
         )
+
+
+class LengthBatches(Sampler[list[int]]):
+    """Batches of examples of like length.
+
+    Without shuffling, all examples in order of length. With it, each pass shuffles the examples,
+    cuts them into equal pools of at most `POOL` batches, sorts each pool, and shuffles the batches:
+    which examples share a batch and when is random, but for their length.
+
+    Args:
+        lengths: of the examples, in tokens.
+        batch_size: examples.
+        shuffle: source of randomness.
+    """
+
+    POOL = 100  # batches; leaves 3.4% of SST's tokens as padding, where 50 leave 4.8%
+
+    def __init__(
+        self, lengths: Sequence[int], batch_size: int, shuffle: torch.Generator | None = None
+    ) -> None:
+        self.lengths = lengths
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.lengths) / self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        size = len(self.lengths)
+        if self.shuffle is None:
+            order, pool = list(range(size)), size
+        else:
+            order = torch.randperm(size, generator=self.shuffle).tolist()
+            pools = math.ceil(len(self) / self.POOL)
+            pool = math.ceil(len(self) / pools) * self.batch_size
+        ordered: list[int] = []
+        for start in range(0, size, pool):
+            ordered += sorted(order[start : start + pool], key=self.lengths.__getitem__)
+        batches = [
+            ordered[start : start + self.batch_size] for start in range(0, size, self.batch_size)
+        ]
+        if self.shuffle is not None:
+            batches = [
+                batches[i] for i in torch.randperm(len(batches), generator=self.shuffle).tolist()
+            ]
+        yield from batches
 
 
 def parse_example(line: str, path: str | Path, line_number: int) -> tuple[int, str]:
@@ -181,7 +249,7 @@ def create_data(
                 f"{filename}:{number}: {len(tokens)} tokens are more than the model's "
                 f"{max_seq_len}; shorten the sentence or use --max_sentence_len"
             )
-        examples.append(Example(sentence, label, tokens))
+        examples.append(Example(sentence, label, tokens, number - 1))
     print(f"load {len(examples)} data from {filename}")
     return examples
 
@@ -230,23 +298,32 @@ class Evaluation(NamedTuple):
 
 @torch.inference_mode()
 def model_eval(
-    dataloader: "DataLoader[Example]", model: nn.Module, device: torch.device
+    dataloader: "DataLoader[Example]",
+    model: nn.Module,
+    device: torch.device,
+    precision: AbstractContextManager = FULL_PRECISION,
 ) -> Evaluation:
     """Predict every example with the highest-scored label; leaves the model's mode as it was."""
     was_training = model.training
     model.eval()
-    predictions: list[int] = []
-    labels: list[int] = []
-    sentences: list[str] = []
+    examples: list[Example] = []
+    scores: list[Tensor] = []
     try:
         for batch in tqdm(dataloader, desc="eval", leave=False):
-            scores = model(batch.tokens.to(device), batch.lengths.to(device))
-            predictions += scores.argmax(dim=-1).tolist()
-            labels += batch.labels.tolist()
-            sentences += batch.sentences
+            with precision:
+                scores.append(
+                    model(to_device(batch.tokens, device), to_device(batch.lengths, device))
+                )
+            examples += batch.examples
     finally:
         model.train(was_training)
-    confusion = judge(predictions, labels, scores.shape[1])
+    predicted = torch.cat(scores).argmax(dim=-1).tolist()
+    # Back into the file's order, in which the batches need not be.
+    in_order = sorted(zip(examples, predicted, strict=True), key=lambda pair: pair[0].line)
+    predictions = [prediction for _, prediction in in_order]
+    labels = [example.label for example, _ in in_order]
+    sentences = [example.sentence for example, _ in in_order]
+    confusion = judge(predictions, labels, scores[0].shape[1])
     return Evaluation(accuracy(confusion), macro_f1(confusion), predictions, labels, sentences)
 
 
@@ -273,8 +350,9 @@ def predict(
     device: torch.device,
 ) -> None:
     """Predict dev and test, print their accuracies, and write their prediction files."""
-    dev = model_eval(dev_data.loader(args.batch_size), model, device)
-    test = model_eval(test_data.loader(args.batch_size), model, device)
+    precision = autocast(device, args.dtype)
+    dev = model_eval(dev_data.loader(args.batch_size), model, device, precision)
+    test = model_eval(test_data.loader(args.batch_size), model, device, precision)
     write_predictions_to_file("dev", args.dev_out, dev.accuracy, dev.predictions, dev.sentences)
     write_predictions_to_file(
         "test", args.test_out, test.accuracy, test.predictions, test.sentences
@@ -293,7 +371,7 @@ def load_model(args: argparse.Namespace) -> tuple[Llama, Tokenizer]:
         FileNotFoundError, ValueError: one of them cannot be used, or their vocabularies differ.
     """
     tokenizer = Tokenizer(args.max_sentence_len, args.tokenizer_path)
-    llama = load_pretrained(args.pretrained_model_path, args.causal, args.dropout)
+    llama = load_pretrained(args.pretrained_model_path, args.causal, args.dropout, args.max_seq_len)
     if tokenizer.n_words != llama.config.vocab_size:
         raise ValueError(
             f"{args.tokenizer_path}: a vocabulary of {tokenizer.n_words}, but that of "
@@ -304,23 +382,116 @@ def load_model(args: argparse.Namespace) -> tuple[Llama, Tokenizer]:
     return llama, tokenizer
 
 
+def compile_model(args: argparse.Namespace, llama: Llama) -> None:
+    """Let PyTorch compile the layers, if the run asks for it, for sequences of any length."""
+    if args.compile:
+        # Rotary tables are cached; the compiler says that it does not see the cache.
+        warnings.filterwarnings("ignore", message=".*functools.lru_cache")
+        llama.compute_hidden = torch.compile(  # type: ignore[method-assign]
+            llama.compute_hidden, dynamic=True
+        )
+
+
+def generate(args: argparse.Namespace, device: torch.device) -> None:
+    """Task 1: continue the prompts at each temperature and write the texts to files."""
+    prompts = [read_prompt(prompt) for prompt in args.prompt]
+    llama, tokenizer = load_model(args)
+    model = prepare_for_decoding(
+        llama.to(device), getattr(torch, args.dtype), quantize=args.quantize is not None
+    )
+    if isinstance(model, DecodingLlama) and args.quantize:
+        print(f"int8 weights: the largest error of a weight is {model.error:.2g}")
+    for temperature, outfile in args.outfiles.items():
+        print(f"Temperature is {temperature}")
+        texts = generate_sentence(args, model, tokenizer, prompts, temperature, device)
+        with open_atomically(outfile) as file:
+            file.write(f"\n{RULE}\n".join(texts))
+        print(f"Wrote generated sentence to {outfile}.")
+
+
+def read_prompt(prompt: str) -> str:
+    """A prompt of the command line; `-` stands for all of standard input.
+
+    Raises:
+        ValueError: standard input is empty or no UTF-8.
+    """
+    if prompt != "-":
+        return prompt
+    text = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+    if not text:
+        raise ValueError("--prompt -: standard input is empty")
+    return text
+
+
 def generate_sentence(
     args: argparse.Namespace,
     llama: Llama,
     tokenizer: Tokenizer,
-    outfile: str | Path,
+    prompts: Sequence[str],
     temperature: float,
-) -> None:
-    """Task 1: continue the prompt, print the text and write it to a file."""
-    device = next(llama.parameters()).device
-    tokens = torch.tensor([tokenizer.encode(args.prompt, bos=True, eos=False)], device=device)
-    generator = torch.Generator(device).manual_seed(args.seed)
-    output = llama.generate(tokens, args.max_new_tokens, temperature, generator)
-    sentence = tokenizer.decode(output[0].tolist())
-    print(f"Temperature is {temperature}\n{sentence}\n---------------")
-    with open_atomically(outfile) as file:
-        file.write(sentence)
-    print(f"Wrote generated sentence to {outfile}.")
+    device: torch.device,
+) -> list[str]:
+    """Continue each prompt `args.num_samples` times, and print the texts.
+
+    A text depends on its prompt and the seed alone: each sample has its own generator, and rows
+    share a batch only where they do not see each other's padding.
+
+    Returns:
+        Prompts with their continuations.
+    """
+    samples = [
+        (tokenizer.encode(prompt, bos=True, eos=False), args.seed + i)
+        for prompt in prompts
+        for i in range(args.num_samples)
+    ]
+    stop_ids = {tokenizer.bos_id, tokenizer.eos_id} if args.stop_at_eos else set()
+    size = 1 if args.stream or not llama.config.causal else args.batch_size
+    texts = []
+    for start in range(0, len(samples), size):
+        rows, seeds = zip(*samples[start : start + size], strict=True)
+        # Padded on the left, so that all rows go on in the same column.
+        backwards, lengths = pad_batch([row[::-1] for row in rows], tokenizer.pad_id)
+        columns = llama.stream(
+            backwards.flip(1).to(device),
+            args.max_new_tokens,
+            temperature,
+            [torch.Generator(device).manual_seed(seed) for seed in seeds],
+            top_k=args.top_k,
+            top_p=args.top_p,
+            padding=(lengths.max() - lengths).to(device) if len(rows) > 1 else None,
+        )
+        if args.stream:
+            parts = []
+            tokens = (token for _, token in until_stop(columns, stop_ids))
+            for part in tokenizer.decode_stream(itertools.chain(rows[0], tokens)):
+                print(part, end="", flush=True)
+                parts.append(part)
+            texts.append("".join(parts))
+            print(f"\n{RULE}")
+        else:
+            for row, token in until_stop(columns, stop_ids):
+                rows[row].append(token)
+            texts += [tokenizer.decode(row) for row in rows]
+            print("".join(f"{text}\n{RULE}\n" for text in texts[start:]), end="")
+    return texts
+
+
+def until_stop(columns: Iterable[Tensor], stop_ids: Set[int]) -> Iterator[tuple[int, int]]:
+    """Row and token of each new token of a batch, up to each row's first stop token.
+
+    Args:
+        columns: (batch, 1) each, in time's order; no more are taken once all rows have stopped.
+        stop_ids: the stop tokens, which are left out.
+    """
+    stopped: set[int] = set()
+    for column in columns:
+        for row, token in enumerate(column.flatten().tolist()):
+            if token in stop_ids:
+                stopped.add(row)
+            if row not in stopped:
+                yield row, token
+        if len(stopped) == len(column):
+            return
 
 
 def load_split(
@@ -335,7 +506,7 @@ def load_split(
     limit = llama.config.max_seq_len
     unlabelled = path == args.test
     examples = create_data(path, tokenizer, len(label_names), limit, prompt_suffix, unlabelled)
-    return LlamaDataset(examples, tokenizer.pad_id)
+    return LlamaDataset(examples, tokenizer.pad_id, by_length=llama.config.causal)
 
 
 def test_with_prompting(args: argparse.Namespace, device: torch.device) -> None:
@@ -345,6 +516,7 @@ def test_with_prompting(args: argparse.Namespace, device: torch.device) -> None:
     suffix = build_prompt_suffix(label_names)
     dev_data = load_split(args.dev, args, llama, tokenizer, label_names, suffix)
     test_data = load_split(args.test, args, llama, tokenizer, label_names, suffix)
+    compile_model(args, llama)
     config = classifier_config(args, label_names)
     model = LlamaZeroShotClassifier(config, tokenizer, label_names, llama).to(device)
     predict(args, model, dev_data, test_data, device)
@@ -358,6 +530,7 @@ def finetune(args: argparse.Namespace, device: torch.device) -> None:
         load_split(path, args, llama, tokenizer, label_names)
         for path in (args.train, args.dev, args.test)
     )
+    compile_model(args, llama)
     model = LlamaEmbeddingClassifier(classifier_config(args, label_names), llama).to(device)
     train(args, model, train_data, dev_data, label_names, device)
     test(args, dev_data, test_data, device)
@@ -374,12 +547,16 @@ def train(
     """Train all epochs; the checkpoint of the epoch best on dev stays in `args.filepath`."""
     loader = train_data.loader(args.batch_size, torch.Generator().manual_seed(args.seed))
     optimizer = AdamW(model.parameters(), lr=args.lr)
+    precision = autocast(device, args.dtype)
     best_dev_accuracy = -math.inf
     with open_log(args, Path(args.dev_out).parent) as log:
         for epoch in range(args.epochs):
-            train_loss = train_epoch(model, loader, optimizer, args.batch_size, device, log, epoch)
-            train_result = model_eval(train_data.loader(args.batch_size), model, device)
-            dev_result = model_eval(dev_data.loader(args.batch_size), model, device)
+            steps = StepLog(log, optimizer, device, first_step=epoch * len(loader))
+            train_loss = train_epoch(
+                model, loader, optimizer, args.batch_size, device, precision, steps, epoch
+            )
+            train_result = model_eval(train_data.loader(args.batch_size), model, device, precision)
+            dev_result = model_eval(dev_data.loader(args.batch_size), model, device, precision)
             if dev_result.accuracy > best_dev_accuracy:
                 best_dev_accuracy = dev_result.accuracy
                 save_model(model, args.filepath)
@@ -397,7 +574,8 @@ def train_epoch(
     optimizer: AdamW,
     batch_size: int,
     device: torch.device,
-    log: "SummaryWriter",
+    precision: AbstractContextManager,
+    steps: StepLog,
     epoch: int,
 ) -> float:
     """One pass over the training data.
@@ -406,24 +584,23 @@ def train_epoch(
         The mean loss of an example, in nats.
     """
     model.train()
-    loss_sum = 0.0
-    examples = 0
-    for step, batch in enumerate(tqdm(loader, desc=f"train-{epoch}", leave=False)):
-        start = time.perf_counter()
-        tokens, lengths, labels = (x.to(device) for x in batch[:3])
+    examples = cells = real = 0
+    for batch in tqdm(loader, desc=f"train-{epoch}", leave=False):
+        tokens, lengths, labels = (to_device(x, device) for x in batch[:3])
         optimizer.zero_grad()
-        log_probs = model(tokens, lengths)  # (batch, num_labels)
-        # Faithful: divided by the nominal batch size, so a short last batch weighs less.
-        loss = F.nll_loss(log_probs, labels, reduction="sum") / batch_size
+        with precision:
+            log_probs = model(tokens, lengths)  # (batch, num_labels)
+            # Faithful: divided by the nominal batch size, so a short last batch weighs less.
+            loss = F.nll_loss(log_probs, labels, reduction="sum") / batch_size
         loss.backward()
         optimizer.step()
-
-        batch_loss = loss.item()  # waits for the device
-        loss_sum += batch_loss * batch_size
         examples += len(labels)
-        seconds = time.perf_counter() - start
-        log_step(log, epoch * len(loader) + step, batch_loss, optimizer, batch.lengths, seconds)
-    return loss_sum / examples
+        cells += tokens.numel()
+        real += int(batch.lengths.sum())
+        steps.add(loss, int(batch.lengths.sum()), batch_size)
+    if model.llama.config.causal:
+        print(f"train padding :: {1 - real / cells:.3f}")
+    return steps.loss_sum() / examples
 
 
 def save_model(model: LlamaEmbeddingClassifier, filepath: str | Path) -> None:
@@ -462,6 +639,7 @@ def pretrain(args: argparse.Namespace, device: torch.device) -> None:
             LlamaConfig(
                 vocab_size=tokenizer.n_words,
                 **args.shape,
+                max_seq_len=args.max_seq_len or LlamaConfig.max_seq_len,
                 dropout=args.dropout or 0.0,
                 causal=True,
             )
@@ -473,13 +651,13 @@ def pretrain(args: argparse.Namespace, device: torch.device) -> None:
         load_documents(paths, tokenizer) for paths in (args.train, args.dev)
     )
     copy_tokenizer(args)
+    compile_model(args, llama)
 
     def keep() -> None:
         llama.save_pretrained(args.filepath, getattr(torch, args.store_dtype))
         print(f"save the model to {args.filepath}")
 
-    bfloat16 = args.dtype == "bfloat16" or (args.dtype is None and has_bfloat16(device))
-    print(f"computes in {'bfloat16' if bfloat16 else 'float32'}")
+    print(f"computes in {args.dtype}")
     with open_log(args, Path(args.filepath).parent) as log:
         pretraining.train(
             llama.to(device),
@@ -487,7 +665,7 @@ def pretrain(args: argparse.Namespace, device: torch.device) -> None:
             dev_documents,
             pretraining.Schedule(args.epochs, args.batch_size, args.lr),
             torch.Generator().manual_seed(args.seed),
-            torch.autocast(device.type, torch.bfloat16, enabled=bfloat16),
+            autocast(device, args.dtype),
             log,
             keep,
         )
@@ -534,20 +712,6 @@ def open_log(args: argparse.Namespace, folder: Path) -> "SummaryWriter":
     return log
 
 
-def log_step(
-    log: "SummaryWriter",
-    step: int,
-    loss: float,
-    optimizer: AdamW,
-    lengths: Tensor,
-    seconds: float,
-) -> None:
-    """Write the curves that have a point per training step."""
-    log.add_scalar("step/loss", loss, step)
-    log.add_scalar("step/learning_rate", optimizer.param_groups[0]["lr"], step)
-    log.add_scalar("step/tokens_per_second", int(lengths.sum()) / seconds, step)
-
-
 def log_epoch(log: "SummaryWriter", train: Evaluation, dev: Evaluation, epoch: int) -> None:
     """Write the curves that have a point per epoch."""
     for split, result in (("train", train), ("dev", dev)):
@@ -585,11 +749,27 @@ def seed(text: str) -> int:
     return value
 
 
-def learning_rate(text: str) -> float:
+def at_least_zero(text: str) -> float:
     """Argument type: a finite number of at least 0."""
     value = float(text)
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{value} is not a number of at least 0")
+    return value
+
+
+def whole_at_least_zero(text: str) -> int:
+    """Argument type: a whole number of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is below 0")
+    return value
+
+
+def probability(text: str) -> float:
+    """Argument type: a probability above 0."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{value} is not in (0, 1]")
     return value
 
 
@@ -628,16 +808,49 @@ def build_parser() -> argparse.ArgumentParser:
         help="mask attention and read out at each sentence's last token, or not "
         "(default: as the checkpoint says; without a word, not)",
     )
+    add(
+        "--dropout",
+        type=dropout,
+        help="inside the layers (default: the checkpoint's; a new one: 0)",
+    )
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of the large products (default: float32; pretrain: bfloat16 where the hardware "
+        "has it)",
+    )
+    add("--compile", action="store_true", help="compile the model (not to generate): slow start")
 
     generate = parser.add_argument_group("generate")
     add = generate.add_argument
-    add("--prompt", default=PROMPT, help="text to continue (default: the assignment's)")
+    add(
+        "--prompt",
+        action="append",
+        help="text to continue, - for standard input; may be repeated (default: the assignment's)",
+    )
     add("--max_new_tokens", type=at_least_one, default=75, help="default: %(default)s")
-    for name, temperature in (("low", 0), ("high", 1)):
+    add(
+        "--temperature",
+        type=at_least_zero,
+        help="of the softmax, 0 for the likeliest token (default: one text at 0 and one at 1)",
+    )
+    add("--top_k", type=whole_at_least_zero, default=0, help="draw from the k likeliest; 0: off")
+    add(
+        "--top_p",
+        type=probability,
+        default=1.0,
+        help="draw from the likeliest with this probability together (default: %(default)s)",
+    )
+    add("--num_samples", type=at_least_one, default=1, help="texts for each prompt")
+    add("--stop_at_eos", action="store_true", help="end a text at EOS or BOS")
+    add("--stream", action="store_true", help="print the text as it comes")
+    add("--quantize", choices=("int8",), help="store the matrices as int8 (causal, on the CPU)")
+    for name in ("low", "high"):
         add(
             f"--generated_sentence_{name}_temp_out",
-            default=f"output/task_1/generated-sentence-temp-{temperature}.txt",
-            help=f"file for the text at temperature {temperature} (default: %(default)s)",
+            help="file for the text at temperature "
+            + ("0" if name == "low" else "1, or --temperature")
+            + " (default: output/task_1/generated-sentence-temp-<temperature>.txt)",
         )
 
     data = parser.add_argument_group("data (all but generate)")
@@ -672,7 +885,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=8,
         help="sentences; pretrain: blocks of max_seq_len tokens (default: %(default)s)",
     )
-    add("--lr", type=learning_rate, help="AdamW's (default: 2e-5; pretrain, the peak: 1e-3)")
+    add("--lr", type=at_least_zero, help="AdamW's (default: 2e-5; pretrain, the peak: 1e-3)")
     add(
         "--hidden_dropout_prob",
         type=dropout,
@@ -686,17 +899,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     shape = parser.add_argument_group(
-        "pretrain", "With any of the first five: from scratch; without: on from the checkpoint."
+        "pretrain", "With any of the first four: from scratch; without: on from the checkpoint."
     )
     add = shape.add_argument
     for name in SHAPE:
         default = getattr(LlamaConfig, name)
         add(f"--{name}", type=at_least_one, help=f"default: {default or 'that of n_heads'}")
-    add("--dropout", type=dropout, help="inside the layers (default: the checkpoint's; else 0)")
     add(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        help="of the large products (default: bfloat16 where the hardware has it)",
+        "--max_seq_len",
+        type=at_least_one,
+        help="tokens of a block, and the model's limit (default: the checkpoint's; a new one: "
+        f"{LlamaConfig.max_seq_len})",
     )
     add(
         "--store_dtype",
@@ -724,6 +937,7 @@ def get_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.shape = {name: getattr(args, name) for name in SHAPE if getattr(args, name) is not None}
     fill_in_model(args)
     fill_in_data(args)
+    fill_in_generation(args)
     if args.lr is None:
         args.lr = 1e-3 if args.option == "pretrain" else 2e-5
     if args.option == "pretrain":
@@ -763,8 +977,9 @@ def fill_in_model(args: argparse.Namespace) -> None:
         if args.tokenizer_path is None:
             raise ValueError("a new model needs a tokenizer; name one with --tokenizer_path")
         return
-    if args.shape:
-        raise ValueError(f"--{next(iter(args.shape))} is for --option pretrain only")
+    if args.shape or (args.max_seq_len is not None and args.option != "pretrain"):
+        name = next(iter(args.shape), "max_seq_len")
+        raise ValueError(f"--{name} is for --option pretrain only")
     if args.pretrained_model_path is None:
         args.pretrained_model_path = CHECKPOINT
         if not Path(CHECKPOINT).exists():
@@ -772,6 +987,25 @@ def fill_in_model(args: argparse.Namespace) -> None:
             stand_in(CHECKPOINT, args.pretrained_model_path)
     if args.tokenizer_path is None:
         args.tokenizer_path = str(Path(args.pretrained_model_path).with_name("tokenizer.model"))
+
+
+def fill_in_generation(args: argparse.Namespace) -> None:
+    """Find out which temperatures go to which files.
+
+    Raises:
+        ValueError: the flags contradict each other.
+    """
+    args.prompt = args.prompt or [PROMPT]
+    if args.prompt.count("-") > 1:
+        raise ValueError("--prompt -: standard input can be read once only")
+    low, high = args.generated_sentence_low_temp_out, args.generated_sentence_high_temp_out
+    wanted = {0.0: low, 1.0: high}
+    if args.temperature is not None:
+        wanted = {args.temperature: high if args.temperature else low}
+    args.outfiles = {
+        temperature: outfile or f"output/task_1/generated-sentence-temp-{temperature:g}.txt"
+        for temperature, outfile in wanted.items()
+    }
 
 
 def fill_in_data(args: argparse.Namespace) -> None:
@@ -847,7 +1081,7 @@ def check_files(args: argparse.Namespace) -> None:
         FileNotFoundError, ValueError, OSError: the first that is not or cannot.
     """
     inputs = [args.pretrained_model_path, args.tokenizer_path]
-    outputs = [args.generated_sentence_low_temp_out, args.generated_sentence_high_temp_out]
+    outputs = list(args.outfiles.values())
     if args.option == "pretrain":
         inputs += [*args.train, *args.dev]
         outputs = [args.filepath]
@@ -866,14 +1100,18 @@ def check_files(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> None:
     """Do the task that `args` ask for."""
     device = resolve_device(args.use_gpu)
+    if args.dtype is None:
+        half = args.option == "pretrain" and has_bfloat16(device)
+        args.dtype = "bfloat16" if half else "float32"
+    if args.compile and args.option == "generate":
+        raise ValueError("--compile: is not for --option generate")
     check_files(args)
     seed_everything(args.seed)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        print("float32 products are computed in TF32")
     if args.option == "generate":
-        llama, tokenizer = load_model(args)
-        llama.to(device)
-        low, high = args.generated_sentence_low_temp_out, args.generated_sentence_high_temp_out
-        generate_sentence(args, llama, tokenizer, low, temperature=0.0)
-        generate_sentence(args, llama, tokenizer, high, temperature=1.0)
+        generate(args, device)
     elif args.option == "prompt":
         test_with_prompting(args, device)
     elif args.option == "finetune":

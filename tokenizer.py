@@ -8,7 +8,7 @@ other model that has BOS, EOS and byte pieces, such as those that this module tr
 
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
@@ -85,6 +85,26 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids; BOS and EOS leave nothing."""
         return self.sp_model.decode(list(ids))
+
+    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """The text of token ids as they come, in parts whose join is `decode(ids)`.
+
+        A part is held back while it ends within a character: a character may take several byte
+        pieces, and what is decoded of its first ones is a replacement character.
+        """
+        tokens: list[int] = []
+        # Only the end is decoded again: from the last part's first token on, so that the new part
+        # has the one before it to its left, as in the whole text.
+        last, done = 0, 0
+        for token in ids:
+            tokens.append(token)
+            before, text = self.decode(tokens[last:done]), self.decode(tokens[last:])
+            if len(text) > len(before) and not text.endswith("\ufffd"):
+                yield text[len(before) :]
+                last, done = done, len(tokens)
+        before, text = self.decode(tokens[last:done]), self.decode(tokens[last:])
+        if len(text) > len(before):
+            yield text[len(before) :]
 
 
 def train_tokenizer(paths: Sequence[str | Path], vocab_size: int, output: str | Path) -> None:

@@ -1,18 +1,24 @@
-"""Small things that need no model: seeding, devices, files, errors, padding, and scores."""
+"""Small things that need no model: seeding, devices, files, errors, padding, scores, logs."""
 
 import argparse
+import math
 import os
 import random
 import re
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
+
+if TYPE_CHECKING:  # imported where it is used: it takes a second
+    from torch.utils.tensorboard import SummaryWriter
 
 SEPARATOR = " ||| "  # between label and sentence
 LABEL = re.compile(rf"^\s*[+-]?\d+{re.escape(SEPARATOR)}")
@@ -66,6 +72,21 @@ def has_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported()
+
+
+def autocast(device: torch.device, dtype: str | None) -> torch.autocast:
+    """The scope of a forward pass whose large products are of `dtype`; None means float32.
+
+    Parameters, and what is sensitive (RMSNorm, softmax, losses), stay in float32.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A batch's tensor on the device; to a GPU the copy runs beside what is computed there."""
+    if device.type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x
 
 
 def check_readable(path: str | Path) -> None:
@@ -189,3 +210,78 @@ def macro_f1(confusion: np.ndarray) -> float:
     if not occurs.any():
         return float("nan")
     return float(np.mean(2 * true_positives[occurs] / occurrences[occurs]))
+
+
+class StepLog:
+    """The curves that have a point per training step, written a few steps at a time.
+
+    Reading a loss waits for the device, so losses are left there until `EVERY` have come together.
+
+    Args:
+        log: where they go.
+        optimizer: whose learning rate is logged.
+        device: where the losses are.
+        first_step: number of the first step.
+
+    Raises:
+        ValueError: by any method: a loss is infinite or NaN.
+    """
+
+    EVERY = 10  # steps
+
+    def __init__(
+        self, log: "SummaryWriter", optimizer: Optimizer, device: torch.device, first_step: int = 0
+    ) -> None:
+        self.log = log
+        self.optimizer = optimizer
+        self.step = first_step
+        self.total = torch.zeros((), dtype=torch.float64, device=device)
+        self.start_window()
+
+    def start_window(self) -> None:
+        """Forget the steps that are written."""
+        self.losses: list[Tensor] = []
+        self.sums: list[Tensor] = []
+        self.rates: list[float] = []
+        self.tokens = 0
+        self.start = time.perf_counter()
+
+    def add(self, loss: Tensor, tokens: int, divisor: int) -> None:
+        """Count a step.
+
+        Args:
+            loss: what was minimised.
+            tokens: that it saw, padding not counted.
+            divisor: by what the sum of its losses was divided.
+        """
+        self.losses.append(loss.detach())
+        self.sums.append(loss.detach().double() * divisor)
+        self.rates.append(self.optimizer.param_groups[0]["lr"])
+        self.tokens += tokens
+        if len(self.losses) == self.EVERY:
+            self.write()
+
+    def write(self) -> None:
+        """Write what has come together."""
+        if not self.losses:
+            return
+        losses = torch.stack(self.losses)
+        self.total += torch.stack(self.sums).sum()
+        values = losses.tolist()  # waits for the device
+        speed = self.tokens / (time.perf_counter() - self.start)
+        for loss, rate in zip(values, self.rates, strict=True):
+            if not math.isfinite(loss):
+                raise ValueError(
+                    f"step {self.step}: the loss is {loss} at a learning rate of {rate:.3g}; "
+                    "try a lower --lr"
+                )
+            self.log.add_scalar("step/loss", loss, self.step)
+            self.log.add_scalar("step/learning_rate", rate, self.step)
+            self.log.add_scalar("step/tokens_per_second", speed, self.step)
+            self.step += 1
+        self.start_window()
+
+    def loss_sum(self) -> float:
+        """The sum of all losses, undivided."""
+        self.write()
+        return self.total.item()

@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 import torch
 
+from classifier import ClassifierConfig, LlamaEmbeddingClassifier
 from run_llama import (
+    LengthBatches,
     LlamaDataset,
     build_prompt_suffix,
     create_data,
+    model_eval,
     parse_example,
     read_label_names,
     write_predictions_to_file,
 )
-from tests.conftest import ROOT
+from tests.conftest import ROOT, make_llama
 from tokenizer import Tokenizer
 from utils import accuracy, confusion_matrix, macro_f1, open_atomically, pad_batch
 
@@ -141,14 +144,14 @@ def test_loader_shuffles_anew_and_by_seed(tmp_path: Path, tokenizer: Tokenizer) 
 
     def passes(shuffle: torch.Generator | None) -> list[list[str]]:
         loader = data.loader(7, shuffle)
-        return [[s for batch in loader for s in batch.sentences] for _ in range(2)]
+        return [[e.sentence for batch in loader for e in batch.examples] for _ in range(2)]
 
     in_order = [f"number {i}" for i in range(30)]
     assert passes(None) == [in_order, in_order]
     first, second = passes(torch.Generator().manual_seed(5))
     assert first != second and sorted(first) == sorted(second) == sorted(in_order)
     assert passes(torch.Generator().manual_seed(5)) == [first, second]
-    assert [len(batch.sentences) for batch in data.loader(7)] == [7, 7, 7, 7, 2]
+    assert [len(batch.examples) for batch in data.loader(7)] == [7, 7, 7, 7, 2]
 
 
 def test_scores_by_hand() -> None:
@@ -207,3 +210,63 @@ def test_course_data_facts(name: str) -> None:
     if name == "sst-dev":
         assert labels == {0: 139, 1: 289, 2: 229, 3: 279, 4: 165}
     assert json.dumps(suffix).endswith(' This movie is "')
+
+
+def lengths_of(batches: list[list[int]], lengths: list[int]) -> float:
+    """Share of padding in batches, each padded to its longest row."""
+    real = sum(lengths[i] for batch in batches for i in batch)
+    return 1 - real / sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
+
+
+def test_length_batches_hold_each_example_once() -> None:
+    lengths = torch.randint(2, 90, (1003,), generator=torch.Generator().manual_seed(0)).tolist()
+    in_order = list(LengthBatches(lengths, 8))
+    flat = [i for batch in in_order for i in batch]
+    assert [lengths[i] for i in flat] == sorted(lengths)
+    sampler = LengthBatches(lengths, 8, torch.Generator().manual_seed(1))
+    first, second = list(sampler), list(sampler)
+    again = list(LengthBatches(lengths, 8, torch.Generator().manual_seed(1)))
+    assert first == again and first != second
+    for batches in (in_order, first, second):
+        assert sorted(i for batch in batches for i in batch) == list(range(1003))
+        assert len(batches) == len(sampler) == 126
+        assert sorted(map(len, batches)) == [3] + [8] * 125
+        assert lengths_of(batches, lengths) < 0.04
+    # Shuffled: neither the batches nor what is in them follow the length alone.
+    means = [sum(lengths[i] for i in batch) / len(batch) for batch in first]
+    assert means != sorted(means)
+    assert {frozenset(batch) for batch in first}.isdisjoint(map(frozenset, second))
+
+
+def test_length_batches_leave_little_padding_on_the_real_data(tokenizer_path: Path) -> None:
+    """Below 5% on SST and CFIMDB at the assignment's batch sizes, of half and more without."""
+    if not (ROOT / "data/cfimdb-train.txt").exists() or not (ROOT / "tokenizer.model").exists():
+        pytest.skip("the course's data are not here (data/download.py)")
+    tokenizer = Tokenizer(tokenizer_model=ROOT / "tokenizer.model")
+    for name, num_labels, size in (("sst", 5, 80), ("cfimdb", 2, 10)):
+        examples = create_data(ROOT / f"data/{name}-train.txt", tokenizer, num_labels, 1024)
+        lengths = [len(example.tokens) for example in examples]
+        generator = torch.Generator().manual_seed(0)
+        assert lengths_of(list(LengthBatches(lengths, size, generator)), lengths) < 0.05
+        assert lengths_of(list(LengthBatches(lengths, size)), lengths) < 0.05
+        unsorted = torch.arange(len(lengths)).split(size)
+        assert lengths_of([batch.tolist() for batch in unsorted], lengths) > 0.3
+
+
+def test_model_eval_returns_to_the_files_order(tmp_path: Path, tokenizer_path: Path) -> None:
+    """Batches by length predict what batches in the file's order do, to 1e-5 in the scores."""
+    tokenizer = Tokenizer(tokenizer_model=tokenizer_path)
+    words = "warm dull film story funny"
+    texts = [" ".join((words.split() * 5)[i % 4 : i % 4 + 1 + 7 * i % 13]) for i in range(30)]
+    path = tmp_path / "x.txt"
+    path.write_text("\n".join(f"{i % 2} ||| {text}" for i, text in enumerate(texts)))
+    examples = create_data(path, tokenizer, 2, 128)
+    config = ClassifierConfig(2, "", 0.0, "finetune")
+    torch.manual_seed(0)
+    model = LlamaEmbeddingClassifier(config, make_llama(causal=True))
+    results = []
+    for by_length in (False, True):
+        loader = LlamaDataset(examples, 3, by_length).loader(7)
+        results.append(model_eval(loader, model, torch.device("cpu")))
+    assert results[0] == results[1]
+    assert results[0].sentences == texts and 0 < sum(results[0].predictions) < 30

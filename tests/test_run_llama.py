@@ -132,8 +132,8 @@ def test_finetune_keeps_the_best_epoch(
     evaluate, dev_accuracies = run_llama.model_eval, iter([0.0, 0.5, 0.5, 0.25])
     kept: list[torch.Tensor] = []
 
-    def scripted(loader, model, device):  # type: ignore[no-untyped-def]
-        result = evaluate(loader, model, device)
+    def scripted(loader, model, *options):  # type: ignore[no-untyped-def]
+        result = evaluate(loader, model, *options)
         if len(kept) % 2:  # every second evaluation is of dev
             result = result._replace(accuracy=next(dev_accuracies, result.accuracy))
         kept.append(model.classifier_head.weight.detach().clone())
@@ -156,6 +156,21 @@ def test_finetune_memorises_eight_sentences(
         assert predicted("output/task_3/cfimdb-test-finetuning-output.txt") == [0, 1] * 4
 
 
+@pytest.mark.parametrize("flags", [[], ["--causal"]])
+def test_a_loss_of_nan_stops_and_keeps_the_old_classifier(
+    workplace: Path, capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    Path("old.pt").write_bytes(b"old")
+    argv = [*FINETUNE, *flags, "--filepath", "old.pt", "--lr", "1e38"]
+    status, out, err = run(argv, capsys)
+    assert status == 2 and "epoch" not in out
+    pattern = (
+        r"run_llama\.py: error: step [1-5]: the loss is (nan|inf) at a learning rate of 1e\+38"
+    )
+    assert re.match(pattern, err) and err.count("\n") == 1
+    assert Path("old.pt").read_bytes() == b"old"
+
+
 def test_loss_divides_a_short_last_batch_by_the_nominal_size(workplace: Path) -> None:
     """Faithful: the gradient of two examples in a batch of eight is a quarter of their mean's."""
     lines = (workplace / "data/cfimdb-train.txt").read_text().splitlines()[:2]
@@ -175,14 +190,54 @@ def test_loss_divides_a_short_last_batch_by_the_nominal_size(workplace: Path) ->
     torch.testing.assert_close(gradients[1], gradients[0] / 4)
 
 
-def test_finetune_is_determined_by_the_seed(workplace: Path) -> None:
+@pytest.mark.parametrize("flags", [[], ["--causal"]])
+def test_finetune_is_determined_by_the_seed(workplace: Path, flags: list[str]) -> None:
     weights = []
     for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
-        assert main([*FINETUNE, "--seed", seed, "--filepath", f"{name}.pt"]) == 0
+        assert main([*FINETUNE, *flags, "--seed", seed, "--filepath", f"{name}.pt"]) == 0
         weights.append(read_checkpoint(f"{name}.pt")["model"])
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     key = "classifier_head.weight"
     assert not torch.equal(weights[0][key], weights[2][key])
+
+
+@pytest.mark.parametrize("flags", [[], ["--causal"]])
+def test_bfloat16_trains_float32_parameters(
+    workplace: Path, capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    """It learns nearly the same, and what it saves is float32."""
+    weights = []
+    for dtype in ("float32", "bfloat16"):
+        argv = [*FINETUNE, *flags, "--dtype", dtype, "--filepath", f"{dtype}.pt"]
+        assert main([*argv, "--hidden_dropout_prob", "0"]) == 0
+        weights.append(read_checkpoint(f"{dtype}.pt")["model"])
+        assert main([*PROMPT, *flags, "--dtype", dtype]) == 0
+    assert all(tensor.dtype == torch.float32 for tensor in weights[1].values())
+    differences = [(weights[0][name] - weights[1][name]).abs().max() for name in weights[0]]
+    assert 0 < max(differences) <= 2 * 6 * 1e-3 + 1e-6  # six steps of 1e-3, the other way at worst
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("argv", [PROMPT, [*FINETUNE, "--hidden_dropout_prob", "0"]])
+def test_compiled_model_gives_the_same(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, argv: list[str]
+) -> None:
+    """Traced by the real compiler; the C++ that it writes needs more than Python and pip."""
+    compile_model, calls = torch.compile, []
+
+    def without_cpp(function, **options):  # type: ignore[no-untyped-def]
+        calls.append(options)
+        return compile_model(function, backend="eager", **options)
+
+    monkeypatch.setattr(torch, "compile", without_cpp)
+    predictions = []
+    for flags in ([], ["--compile"]):
+        for path in (workplace / "output").rglob("*-dev-*.txt"):
+            path.unlink()
+        assert main([*argv, *flags]) == 0
+        (path,) = (workplace / "output").rglob("*-dev-*.txt")
+        predictions.append(path.read_text(encoding="utf-8"))
+    assert calls == [{"dynamic": True}] and predictions[0] == predictions[1]
 
 
 def test_finetune_writes_tensorboard_events(
@@ -276,7 +331,7 @@ def test_assignments_defaults(workplace: Path) -> None:
         "use_gpu": False,
         "causal": None,
         "max_new_tokens": 75,
-        "prompt": run_llama.PROMPT,
+        "prompt": [run_llama.PROMPT],
     }
     assert {key: args[key] for key in expected} == expected
 
@@ -341,7 +396,7 @@ def test_flags_take_hyphens_and_underscores() -> None:
     ):
         args = get_args(argv)
         assert (args.pretrained_model_path, args.max_new_tokens, args.causal) == ("a.pt", 3, False)
-    assert get_args(["--prompt", "--use-gpu"[2:] + "_x"]).prompt == "use-gpu_x"  # values stay
+    assert get_args(["--prompt", "--use-gpu"[2:] + "_x"]).prompt == ["use-gpu_x"]  # values stay
 
 
 def bad_inputs() -> dict[str, tuple[list[str], str]]:
@@ -393,7 +448,7 @@ def bad_inputs() -> dict[str, tuple[list[str], str]]:
         "epochs": ([*FINETUNE, "--epochs", "-1"], "--epochs: -1 is below 1"),
         "max_new_tokens": (["--max_new_tokens", "0"], "--max_new_tokens: 0 is below 1"),
         "max_sentence_len": (["--max_sentence_len", "0"], "--max_sentence_len: 0 is below 1"),
-        "no number": ([*FINETUNE, "--lr", "fast"], "--lr: invalid learning_rate value: 'fast'"),
+        "no number": ([*FINETUNE, "--lr", "fast"], "--lr: invalid at_least_zero value: 'fast'"),
         "NaN": ([*FINETUNE, "--lr", "nan"], "--lr: nan is not a number of at least 0"),
         "dropout": (
             [*FINETUNE, "--hidden_dropout_prob", "1"],

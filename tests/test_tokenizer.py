@@ -119,7 +119,10 @@ def test_long_documents_are_learnt_from(workplace: Path) -> None:
         (["--input", "no.txt", "--vocab_size", "300"], "no.txt: No such file or directory"),
         (["--input", "data", "--vocab_size", "300"], "data: Is a directory"),
         (["--input", "blank.txt", "--vocab_size", "300"], "blank.txt: holds no text"),
-        (["--input", "blank.txt", "--vocab_size", "many"], "--vocab_size: invalid at_least_one value"),
+        (
+            ["--input", "blank.txt", "--vocab_size", "many"],
+            "--vocab_size: invalid at_least_one value",
+        ),
         (["--input", "data/cfimdb-dev.txt", "--vocab_size", "9999"], "Vocabulary size too high"),
         (["--input", "data/cfimdb-dev.txt", "--vocab_size", "20"], "smaller than required_chars"),
         (["--input", "data/cfimdb-dev.txt", "--vocab_size", "-1"], "--vocab_size: -1 is below 1"),
