@@ -1,9 +1,9 @@
-"""Checks of the whole model: the course's expected values, and those of a small fixture model.
+"""Checks of the whole model: the course's expected values, and those of two small models.
 
 Run as `uv run python sanity_check.py`; pytest collects it too. The course's values need
-`stories42M.pt` and `sanity_check.data` (`uv run python data/download.py`). The fixture needs
-nothing: its weights come from a formula, and its numbers were computed in float64 by Hugging Face
-transformers, with its own attention mask switched off for reference mode
+`stories42M.pt` and `sanity_check.data` (`uv run python data/download.py`). The others need nothing:
+a fixture, whose weights come from a formula, and the demo's checkpoint. Their numbers were computed
+in float64 by Hugging Face transformers, with its own attention mask switched off for reference mode
 (`tests/test_sanity_check.py` computes them again).
 """
 
@@ -20,6 +20,7 @@ from llama import Llama, load_pretrained
 ROOT = Path(__file__).parent
 CHECKPOINT = ROOT / "stories42M.pt"
 EXPECTED = ROOT / "sanity_check.data"
+DEMO = ROOT / "data" / "demo" / "model.pt"
 
 # What the course's expected values were computed for, padded with zeros.
 COURSE_TOKENS = [
@@ -70,6 +71,9 @@ FIXTURE_HIDDEN = {
         ],
     ],
 }
+DEMO_TOKENS = [[1, 17, 2042, 85, 33, 3, 3], [1, 17, 8, 1033, 4060, 299, 11]]
+DEMO_LOGITS: dict[bool, list[list[float]]] = {}
+DEMO_HIDDEN: dict[bool, list[list[list[float]]]] = {}
 
 
 def fixture_weights(model: Llama) -> dict[str, Tensor]:
@@ -95,20 +99,29 @@ def fixture_model(causal: bool) -> Llama:
     return model.eval()
 
 
-@torch.inference_mode()
-def fixture_numbers(causal: bool) -> tuple[Tensor, Tensor]:
-    """The numbers of the fixture that are compared: logits (2, 4), hidden (2, 2, 4)."""
-    logits, hidden = fixture_model(causal)(torch.tensor(FIXTURE_TOKENS))
+def compared(logits: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a model's output what is compared: logits (2, 4), hidden (2, 2, 4)."""
     return logits[:, -1, :4], hidden[:, [0, 3], :4]
 
 
+@torch.inference_mode()
 def test_fixture() -> None:
     """Both modes against the recorded numbers."""
     for causal in (False, True):
-        logits, hidden = fixture_numbers(causal)
+        logits, hidden = compared(*fixture_model(causal)(torch.tensor(FIXTURE_TOKENS)))
         # float32 against float64: two layers lose less than 2e-6 of numbers around 1
         torch.testing.assert_close(hidden, torch.tensor(FIXTURE_HIDDEN[causal]), rtol=0, atol=5e-6)
         torch.testing.assert_close(logits, torch.tensor(FIXTURE_LOGITS[causal]), rtol=0, atol=1e-6)
+
+
+@torch.inference_mode()
+def test_demo() -> None:
+    """The demo's checkpoint, as it is loaded, in both modes against the recorded numbers."""
+    for causal in (False, True):
+        logits, hidden = compared(*load_pretrained(DEMO, causal)(torch.tensor(DEMO_TOKENS)))
+        # float32 against float64: four layers lose less than 5e-6 of numbers of up to 10
+        torch.testing.assert_close(hidden, torch.tensor(DEMO_HIDDEN[causal]), rtol=0, atol=2e-5)
+        torch.testing.assert_close(logits, torch.tensor(DEMO_LOGITS[causal]), rtol=0, atol=2e-5)
 
 
 def test_course_values() -> None:
@@ -129,6 +142,8 @@ def test_course_values() -> None:
 def main() -> None:
     test_fixture()
     print("A small model gives the recorded numbers in both modes.")
+    test_demo()
+    print("The demo's checkpoint gives the recorded numbers in both modes.")
     try:
         test_course_values()
     except SkipTest as reason:

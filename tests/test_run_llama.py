@@ -292,7 +292,7 @@ def test_placeholder_labels_are_noted(workplace: Path, capsys: pytest.CaptureFix
     assert out.endswith("is 0, a placeholder; its accuracy means nothing\n")
 
 
-def test_dataset_sets_inputs_and_outputs() -> None:
+def test_dataset_sets_inputs_and_outputs(workplace: Path) -> None:
     args = get_args(["--option", "finetune", "--dataset", "sst", "--dev", "mine.txt"])
     assert (args.train, args.dev, args.test) == (
         "data/sst-train.txt",
@@ -305,7 +305,7 @@ def test_dataset_sets_inputs_and_outputs() -> None:
     assert args.filepath == "output/task_3/sst-finetune-5-2e-05.pt"
 
 
-def test_results_are_named_after_the_data() -> None:
+def test_results_are_named_after_the_data(workplace: Path) -> None:
     """So that two data sets do not overwrite each other's results."""
     argv = ["--option", "finetune", "--dev", "x/sst-dev.txt"]
     assert get_args(argv).filepath == "output/task_3/sst-finetune-5-2e-05.pt"
@@ -334,6 +334,19 @@ def test_assignments_defaults(workplace: Path) -> None:
         "prompt": [run_llama.PROMPT],
     }
     assert {key: args[key] for key in expected} == expected
+
+
+def test_default_learning_rate_suits_the_model(workplace: Path) -> None:
+    finetune = ["--option", "finetune"]
+    pretrain = ["--option", "pretrain", "--tokenizer_path", "tokenizer.model"]
+    assert get_args(finetune).lr == 2e-5
+    assert get_args([*pretrain, "--dim", "32"]).lr == 1e-3
+    assert get_args(pretrain).lr == 1e-4
+    Path("stories42M.pt").unlink()
+    assert get_args(finetune).lr == 3e-4
+    assert get_args([*finetune, "--lr", "2e-5"]).lr == 2e-5
+    demo = os.path.relpath(ROOT / "data" / "demo" / "model.pt")
+    assert get_args([*finetune, "--pretrained-model-path", demo]).lr == 3e-4
 
 
 NOTES = {
@@ -389,7 +402,7 @@ def test_a_named_file_is_never_replaced(
     assert status == 2 and err.count("\n") == 1 and "No such file" in err, err
 
 
-def test_flags_take_hyphens_and_underscores() -> None:
+def test_flags_take_hyphens_and_underscores(workplace: Path) -> None:
     for argv in (
         ["--pretrained_model_path", "a.pt", "--max-new-tokens=3", "--no_causal"],
         ["--pretrained-model-path=a.pt", "--max_new_tokens", "3", "--no-causal"],

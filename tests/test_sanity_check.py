@@ -12,7 +12,7 @@ import base_llama
 import llama
 import rope
 import sanity_check
-from llama import Llama
+from llama import Llama, load_pretrained
 from tests.conftest import make_llama, save_llama
 from tests.oracle import hugging_face_forward
 
@@ -26,6 +26,18 @@ def test_recorded_numbers_are_those_of_hugging_face(causal: bool) -> None:
     # recorded with seven decimals
     torch.testing.assert_close(logits[:, -1, :4], recorded_logits, atol=1e-7, rtol=0)
     torch.testing.assert_close(hidden[:, [0, 3], :4], recorded_hidden, atol=2e-7, rtol=0)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_recorded_numbers_of_the_demo_are_those_of_hugging_face(causal: bool) -> None:
+    model = load_pretrained(sanity_check.DEMO, causal).double()
+    output = hugging_face_forward(model, torch.tensor(sanity_check.DEMO_TOKENS))
+    logits, hidden = sanity_check.compared(*output)
+    recorded_logits = torch.tensor(sanity_check.DEMO_LOGITS[causal], dtype=torch.float64)
+    recorded_hidden = torch.tensor(sanity_check.DEMO_HIDDEN[causal], dtype=torch.float64)
+    # recorded with six decimals
+    torch.testing.assert_close(logits, recorded_logits, atol=1e-6, rtol=0)
+    torch.testing.assert_close(hidden, recorded_hidden, atol=1e-6, rtol=0)
 
 
 def swapped_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
