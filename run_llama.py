@@ -888,8 +888,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--lr",
         type=at_least_zero,
-        help="AdamW's (default: 2e-5, with the demo's checkpoint 3e-4; pretrain, the peak: 1e-3 "
-        "for a new model, else 1e-4)",
+        help="AdamW's (default: 2e-5; pretrain, the peak: 1e-3 for a new model, else 1e-4)",
     )
     add(
         "--hidden_dropout_prob",
@@ -944,7 +943,8 @@ def get_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     fill_in_data(args)
     fill_in_generation(args)
     if args.lr is None:
-        args.lr = default_learning_rate(args)
+        pretraining_lr = 1e-3 if args.shape else 1e-4
+        args.lr = pretraining_lr if args.option == "pretrain" else 2e-5
     if args.option == "pretrain":
         check_pretraining(args)
     elif args.option != "generate":
@@ -1011,16 +1011,6 @@ def fill_in_generation(args: argparse.Namespace) -> None:
         temperature: outfile or f"output/task_1/generated-sentence-temp-{temperature:g}.txt"
         for temperature, outfile in wanted.items()
     }
-
-
-def default_learning_rate(args: argparse.Namespace) -> float:
-    """What suits the model: the assignment's, or a higher one for what is small or new."""
-    if args.option == "pretrain":
-        return 1e-3 if args.shape else 1e-4
-    demo = demo_folder() / "model.pt"
-    if os.path.normpath(args.pretrained_model_path) == str(demo):
-        return 3e-4  # ten times fewer parameters, each with a larger way to go
-    return 2e-5
 
 
 def fill_in_data(args: argparse.Namespace) -> None:
