@@ -84,7 +84,9 @@ class LlamaZeroShotClassifier(nn.Module):
         """
         hidden = self.llama.compute_hidden(input_ids)
         last = read_out(hidden, lengths, self.llama.config.causal)  # (batch, dim)
-        log_probs = F.log_softmax(self.llama.output(last), dim=-1)  # (batch, vocab)
+        # In bfloat16, scores would tie; one row a sentence costs little.
+        with torch.autocast(last.device.type, enabled=False):
+            log_probs = F.log_softmax(self.llama.output(last.float()), dim=-1)  # (batch, vocab)
         # Faithful: all tokens of a label are scored at this one position.
         return torch.stack([log_probs[:, ids].sum(dim=-1) for ids in self.label_ids], dim=-1)
 
@@ -113,7 +115,8 @@ class LlamaEmbeddingClassifier(nn.Module):
         """
         hidden = self.llama.compute_hidden(input_ids)  # no vocabulary projection
         last = read_out(hidden, lengths, self.llama.config.causal)  # (batch, dim)
-        return F.log_softmax(self.classifier_head(self.dropout(last)), dim=-1)
+        with torch.autocast(last.device.type, enabled=False):  # as above
+            return F.log_softmax(self.classifier_head(self.dropout(last.float())), dim=-1)
 
     def to_checkpoint(self) -> dict[str, Any]:
         """Tensors and plain values from which `load_classifier` rebuilds this classifier."""

@@ -41,9 +41,12 @@ class Projection:
         if quantize:
             # Rounded first to the dtype that it is stored in, so that no error is added later.
             scales = (weight.abs().amax(dim=1).clamp(min=1e-12) / 127).to(dtype)  # (out,)
-            self.weight = (weight / scales.float()[:, None]).round().clamp(-127, 127).char()
+            rounded = (weight / scales.float()[:, None]).round().clamp(-127, 127)
+            stored = rounded * scales.float()[:, None]
+            # The product reads 16 columns at a time, also beyond the last.
+            self.padding = -weight.shape[1] % 16
+            self.weight = F.pad(rounded.char(), (0, self.padding))
             self.scales = scales
-            stored = self.weight.float() * scales.float()[:, None]
         elif dtype == torch.float32:
             self.weight = weight.t().contiguous().t()  # a column is contiguous
             stored = weight
@@ -55,6 +58,7 @@ class Projection:
     def __call__(self, x: Tensor) -> Tensor:
         """x (n, in) to (n, out)."""
         if self.scales is not None:
+            x = F.pad(x, (0, self.padding)) if self.padding else x
             return torch._weight_int8pack_mm(x, self.weight, self.scales)
         if len(x) == 1:
             return torch.mv(self.weight, x[0])[None]
@@ -147,6 +151,11 @@ class DecodingLlama(Llama):
         """As `Llama.compute_hidden`, without the gain of the final norm."""
         config, (batch, seq) = self.config, tokens.shape
         start = caches[0].length if caches else 0
+        if start + seq > config.max_seq_len:
+            raise ValueError(
+                f"a sequence of {start + seq} tokens is longer than "
+                f"max_seq_len={config.max_seq_len}"
+            )
         rotations = self.rotations[start : start + seq]  # (seq, 1, head_dim / 2)
         rotated = config.n_heads + config.n_kv_heads
         is_causal = mask is None and seq > 1

@@ -76,16 +76,18 @@ class KVCache:
             key, value: (batch, n_kv_heads, seq, head_dim).
 
         Returns:
-            (batch, n_kv_heads, length, head_dim) each: views that the next call overwrites nothing
-            of.
+            (batch, n_kv_heads, length, head_dim) each.
 
         Raises:
-            ValueError: there is no room left.
+            ValueError: there is no room left; or several positions come after the first ones, which
+                would not be causal among themselves.
         """
         batch, n_kv_heads, seq, head_dim = key.shape
         start, end = self.length, self.length + seq
         if end > self.capacity:
             raise ValueError(f"{end} positions do not fit a cache of {self.capacity}")
+        if start and seq > 1:
+            raise ValueError(f"after its first use a cache takes one position at a time, not {seq}")
         if start == 0:
             self.keys = key.new_empty(batch, n_kv_heads, self.capacity, head_dim)
             self.values = torch.empty_like(self.keys)
@@ -143,7 +145,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """What each position (batch, seq, dim) gathers from the others, same shape.
 
-        With a cache, x are the next positions and gather from those in the cache too.
+        With a cache, x are the first positions, or the next one, which gathers from the cache too.
         """
         config = self.config
         heads = (-1, config.head_dim)
@@ -230,7 +232,7 @@ class Llama(LlamaPreTrainedModel):
         """Hidden states after the final norm, (batch, seq, dim), of tokens (batch, seq).
 
         Args:
-            tokens: integer ids; with caches, those that follow what the caches hold.
+            tokens: integer ids; with caches, the first ones, or the one after what the caches hold.
             caches: one for each layer, extended by the tokens.
             mask: as in `Attention.compute_query_key_value_scores`.
 
@@ -290,7 +292,7 @@ class Llama(LlamaPreTrainedModel):
             (batch, 1), int64, `max_new_tokens` times.
 
         Raises:
-            ValueError: an argument is out of bounds.
+            ValueError: when the first token is asked for: an argument is out of bounds.
         """
         config = self.config
         if idx.dim() != 2 or idx.shape[1] < 1:
@@ -313,8 +315,8 @@ class Llama(LlamaPreTrainedModel):
                 known = caches[0].length if caches else cropped
                 mask = None
                 if padding is not None:
-                    mask = left_padding_mask(padding - cropped, idx.shape[1] - cropped)
-                    mask = mask[:, :, known - cropped :]  # rows of the new tokens
+                    visible = left_padding_mask if known == cropped else last_row_mask
+                    mask = visible(padding - cropped, idx.shape[1] - cropped)
                 hidden = self.compute_hidden(idx[:, known:], caches, mask)
                 logits = self.output(hidden[:, -1])  # (batch, vocab)
                 next_token = sample_next_token(
@@ -361,6 +363,11 @@ def left_padding_mask(padding: Tensor, seq: int) -> Tensor:
     causal = columns <= columns[:, None]  # (seq, seq)
     real = columns >= padding[:, None, None]  # (batch, 1, seq)
     return ((causal & real) | (columns == columns[:, None]))[:, None]
+
+
+def last_row_mask(padding: Tensor, seq: int) -> Tensor:
+    """The last row of `left_padding_mask`: (batch, 1, 1, seq)."""
+    return (torch.arange(seq, device=padding.device) >= padding[:, None])[:, None, None]
 
 
 def sample_next_token(

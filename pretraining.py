@@ -32,7 +32,7 @@ FINAL_LR = 0.1  # share of the peak that is left at the end
 MAX_GRAD_NORM = 1.0
 BETAS = (0.9, 0.95)  # Touvron et al. 2023, arXiv:2307.09288, section 2.2, and so the next one
 WEIGHT_DECAY = 0.1  # of matrices; RMSNorm's gains do not decay
-SLICE = 1 << 24  # logits that are held in float32 at a time: 64 MiB
+SLICE = 1 << 24  # logits that are made at a time: 64 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def backward(llama: Llama, blocks: Tensor, precision: AbstractContextManager) ->
     """The loss of some blocks (batch, block + 1), with its gradients added to the parameters'.
 
     The vocabulary projection is the one large tensor here. It is made, and its gradient taken,
-    a slice of rows at a time, so that no more than `SLICE` logits are ever held.
+    a slice of rows at a time, so that no tensor of logits is larger than `SLICE`.
     """
     with precision:
         hidden = llama.compute_hidden(blocks[:, :-1])  # (batch, block, dim)
@@ -189,13 +189,15 @@ def train(
         train_loss = steps.loss_sum() / blocks[:, 1:].numel()
         seconds = time.perf_counter() - start
         dev_loss = evaluate(llama, dev_blocks, schedule.batch_size, precision)
+        if not math.isfinite(dev_loss):
+            raise ValueError(f"step {step}: the validation loss is {dev_loss}; try a lower --lr")
         print(
             f"epoch {epoch}: train loss :: {train_loss:.3f}, "
-            f"dev loss :: {dev_loss:.3f}, dev perplexity :: {math.exp(min(dev_loss, 700)):.2f}, "
+            f"dev loss :: {dev_loss:.3f}, dev perplexity :: {math.exp(dev_loss):.2f}, "
             f"tokens/s :: {blocks[:, 1:].numel() / seconds:.0f}"
         )
         log.add_scalar("loss/dev", dev_loss, epoch)
-        log.add_scalar("perplexity/dev", math.exp(min(dev_loss, 700)), epoch)
+        log.add_scalar("perplexity/dev", math.exp(dev_loss), epoch)
         log.flush()
         if dev_loss < best:
             best = dev_loss

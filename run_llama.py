@@ -70,10 +70,22 @@ if TYPE_CHECKING:  # imported where it is used: it takes a second
 
 TASKS = ("generate", "prompt", "finetune", "pretrain")
 DATASETS = ("sst", "cfimdb", "demo")
+SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads")  # flags of a new model
+OWN_FLAGS = {
+    "generate": (
+        "temperature",
+        "top_k",
+        "top_p",
+        "num_samples",
+        "stop_at_eos",
+        "stream",
+        "quantize",
+    ),
+    "pretrain": (*SHAPE, "max_seq_len", "store_dtype"),
+}
 CHECKPOINT = "stories42M.pt"
 FULL_PRECISION = nullcontext()
 NO_LABEL = -1  # in a test file: no gold label is known
-SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads")  # flags of a new model
 RULE = "---------------"  # between generated texts
 PROMPT = (
     "I have wanted to see this thriller for a while, and it didn't disappoint. "
@@ -317,6 +329,10 @@ def model_eval(
             examples += batch.examples
     finally:
         model.train(was_training)
+    if not all(torch.isfinite(part).all() for part in scores):
+        raise ValueError(
+            "the model's scores are infinite or NaN; if it was trained, try a lower --lr"
+        )
     predicted = torch.cat(scores).argmax(dim=-1).tolist()
     # Back into the file's order, in which the batches need not be.
     in_order = sorted(zip(examples, predicted, strict=True), key=lambda pair: pair[0].line)
@@ -382,8 +398,17 @@ def load_model(args: argparse.Namespace) -> tuple[Llama, Tokenizer]:
     return llama, tokenizer
 
 
-def compile_model(args: argparse.Namespace, llama: Llama) -> None:
-    """Let PyTorch compile the layers, if the run asks for it, for sequences of any length."""
+def allow_tf32(llama: Llama, device: torch.device) -> None:
+    """On CUDA, let float32 products of a causal model use TF32, for the whole process."""
+    # Faithful: reference mode's numbers are float32's.
+    if device.type == "cuda" and llama.config.causal:
+        torch.set_float32_matmul_precision("high")
+        print("float32 products are computed in TF32")
+
+
+def speed_up(args: argparse.Namespace, llama: Llama, device: torch.device) -> None:
+    """Allow TF32, and compile the layers if the run asks for it, for sequences of any length."""
+    allow_tf32(llama, device)
     if args.compile:
         # Rotary tables are cached; the compiler says that it does not see the cache.
         warnings.filterwarnings("ignore", message=".*functools.lru_cache")
@@ -396,14 +421,15 @@ def generate(args: argparse.Namespace, device: torch.device) -> None:
     """Task 1: continue the prompts at each temperature and write the texts to files."""
     prompts = [read_prompt(prompt) for prompt in args.prompt]
     llama, tokenizer = load_model(args)
-    model = prepare_for_decoding(
+    allow_tf32(llama, device)
+    llama = prepare_for_decoding(
         llama.to(device), getattr(torch, args.dtype), quantize=args.quantize is not None
     )
-    if isinstance(model, DecodingLlama) and args.quantize:
-        print(f"int8 weights: the largest error of a weight is {model.error:.2g}")
+    if isinstance(llama, DecodingLlama) and args.quantize:
+        print(f"int8 weights: the largest error of a weight is {llama.error:.2g}")
     for temperature, outfile in args.outfiles.items():
         print(f"Temperature is {temperature}")
-        texts = generate_sentence(args, model, tokenizer, prompts, temperature, device)
+        texts = generate_sentence(args, llama, tokenizer, prompts, temperature, device)
         with open_atomically(outfile) as file:
             file.write(f"\n{RULE}\n".join(texts))
         print(f"Wrote generated sentence to {outfile}.")
@@ -417,7 +443,10 @@ def read_prompt(prompt: str) -> str:
     """
     if prompt != "-":
         return prompt
-    text = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt -: standard input is not UTF-8 text: {error.reason}") from None
     if not text:
         raise ValueError("--prompt -: standard input is empty")
     return text
@@ -434,7 +463,7 @@ def generate_sentence(
     """Continue each prompt `args.num_samples` times, and print the texts.
 
     A text depends on its prompt and the seed alone: each sample has its own generator, and rows
-    share a batch only where they do not see each other's padding.
+    share a batch only where they do not see each other's padding, nor round by it.
 
     Returns:
         Prompts with their continuations.
@@ -442,10 +471,11 @@ def generate_sentence(
     samples = [
         (tokenizer.encode(prompt, bos=True, eos=False), args.seed + i)
         for prompt in prompts
-        for i in range(args.num_samples)
+        for i in range(args.num_samples if temperature else 1)
     ]
     stop_ids = {tokenizer.bos_id, tokenizer.eos_id} if args.stop_at_eos else set()
-    size = 1 if args.stream or not llama.config.causal else args.batch_size
+    alone = args.stream or not llama.config.causal or args.dtype != "float32"
+    size = 1 if alone else args.batch_size
     texts = []
     for start in range(0, len(samples), size):
         rows, seeds = zip(*samples[start : start + size], strict=True)
@@ -516,7 +546,7 @@ def test_with_prompting(args: argparse.Namespace, device: torch.device) -> None:
     suffix = build_prompt_suffix(label_names)
     dev_data = load_split(args.dev, args, llama, tokenizer, label_names, suffix)
     test_data = load_split(args.test, args, llama, tokenizer, label_names, suffix)
-    compile_model(args, llama)
+    speed_up(args, llama, device)
     config = classifier_config(args, label_names)
     model = LlamaZeroShotClassifier(config, tokenizer, label_names, llama).to(device)
     predict(args, model, dev_data, test_data, device)
@@ -530,7 +560,7 @@ def finetune(args: argparse.Namespace, device: torch.device) -> None:
         load_split(path, args, llama, tokenizer, label_names)
         for path in (args.train, args.dev, args.test)
     )
-    compile_model(args, llama)
+    speed_up(args, llama, device)
     model = LlamaEmbeddingClassifier(classifier_config(args, label_names), llama).to(device)
     train(args, model, train_data, dev_data, label_names, device)
     test(args, dev_data, test_data, device)
@@ -618,6 +648,7 @@ def test(
     """Predict dev and test with the best checkpoint of the run."""
     model = load_classifier(args.filepath).to(device)
     print(f"load model from {args.filepath}")
+    speed_up(args, model.llama, device)
     predict(args, model, dev_data, test_data, device)
 
 
@@ -651,7 +682,7 @@ def pretrain(args: argparse.Namespace, device: torch.device) -> None:
         load_documents(paths, tokenizer) for paths in (args.train, args.dev)
     )
     copy_tokenizer(args)
-    compile_model(args, llama)
+    speed_up(args, llama, device)
 
     def keep() -> None:
         llama.save_pretrained(args.filepath, getattr(torch, args.store_dtype))
@@ -876,7 +907,7 @@ def build_parser() -> argparse.ArgumentParser:
             f"(default: output/task_{{2,3}}/<dataset>-{split}-...)",
         )
 
-    training = parser.add_argument_group("training (finetune and pretrain; batch size: prompt too)")
+    training = parser.add_argument_group("training (finetune and pretrain; batch size: all)")
     add = training.add_argument
     add("--epochs", type=at_least_one, default=5, help="default: %(default)s")
     add(
@@ -938,6 +969,15 @@ def get_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         words.append(known.get(flag.replace("_", "-"), flag) + equals + value)
     args = parser.parse_args(words)
 
+    for option, names in OWN_FLAGS.items():
+        for name in names:
+            if args.option != option and getattr(args, name) != parser.get_default(name):
+                raise ValueError(f"--{name} is for --option {option} only")
+    if args.compile and args.option == "generate":
+        raise ValueError("--compile is not for --option generate")
+    if args.quantize and args.dtype == "float32":
+        raise ValueError("--quantize int8 computes in bfloat16, not in --dtype float32")
+    args.notes = []
     args.shape = {name: getattr(args, name) for name in SHAPE if getattr(args, name) is not None}
     fill_in_model(args)
     fill_in_data(args)
@@ -947,6 +987,7 @@ def get_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.lr = pretraining_lr if args.option == "pretrain" else 2e-5
     if args.option == "pretrain":
         check_pretraining(args)
+        args.causal = True
     elif args.option != "generate":
         folder, kind = {
             "prompt": ("output/task_2", "prompting"),
@@ -973,7 +1014,7 @@ def fill_in_model(args: argparse.Namespace) -> None:
     Raises:
         ValueError: the flags contradict each other.
     """
-    if args.option == "pretrain" and args.shape:
+    if args.shape:
         if args.pretrained_model_path is not None:
             raise ValueError(
                 f"--{next(iter(args.shape))} asks for a new model, --pretrained-model-path for an "
@@ -982,14 +1023,11 @@ def fill_in_model(args: argparse.Namespace) -> None:
         if args.tokenizer_path is None:
             raise ValueError("a new model needs a tokenizer; name one with --tokenizer_path")
         return
-    if args.shape or (args.max_seq_len is not None and args.option != "pretrain"):
-        name = next(iter(args.shape), "max_seq_len")
-        raise ValueError(f"--{name} is for --option pretrain only")
     if args.pretrained_model_path is None:
         args.pretrained_model_path = CHECKPOINT
         if not Path(CHECKPOINT).exists():
             args.pretrained_model_path = str(demo_folder() / "model.pt")
-            stand_in(CHECKPOINT, args.pretrained_model_path)
+            args.notes.append(stand_in(CHECKPOINT, args.pretrained_model_path))
     if args.tokenizer_path is None:
         args.tokenizer_path = str(Path(args.pretrained_model_path).with_name("tokenizer.model"))
 
@@ -1025,10 +1063,12 @@ def fill_in_data(args: argparse.Namespace) -> None:
         and args.dataset is None
         and not any(getattr(args, name) for name in names)
     ):
-        missing = [path for path in data_files("cfimdb").values() if not Path(path).exists()]
+        read = {"prompt": names[1:], "finetune": names, "pretrain": names[:2]}[args.option]
+        files = data_files("cfimdb")
+        missing = [files[name] for name in read if not Path(files[name]).exists()]
         if missing:
             args.dataset = "demo"
-            stand_in(missing[0], str(demo_folder()))
+            args.notes.append(stand_in(missing[0], str(demo_folder())))
     for name, path in data_files(args.dataset or "cfimdb").items():
         if getattr(args, name) is None:
             setattr(args, name, path if name == "label_names" else [path])
@@ -1053,12 +1093,11 @@ def data_files(dataset: str) -> dict[str, str]:
     return {**files, "label_names": f"{beginning}label-mapping.json"}
 
 
-def stand_in(missing: str, demo: str) -> None:
-    """Say that the demo takes the place of a default, and how to get the real thing."""
-    print(
-        f"run_llama.py: note: there is no {missing}, so {demo} stands in for it; "
-        "get the real one with: uv run python data/download.py",
-        file=sys.stderr,
+def stand_in(missing: str, demo: str) -> str:
+    """Says that the demo takes the place of a default, and how to get the real thing."""
+    return (
+        f"there is no {missing}, so {demo} stands in for it; "
+        "get the real one with: uv run python data/download.py"
     )
 
 
@@ -1070,7 +1109,6 @@ def check_pretraining(args: argparse.Namespace) -> None:
     """
     if args.causal is False:
         raise ValueError("--no-causal: next-token training is causal, or it would see its answers")
-    args.causal = True
     for dev in args.dev:
         for train in args.train:
             if Path(dev).exists() and Path(train).exists() and os.path.samefile(dev, train):
@@ -1106,15 +1144,12 @@ def run(args: argparse.Namespace) -> None:
     """Do the task that `args` ask for."""
     device = resolve_device(args.use_gpu)
     if args.dtype is None:
-        half = args.option == "pretrain" and has_bfloat16(device)
+        half = args.quantize or (args.option == "pretrain" and has_bfloat16(device))
         args.dtype = "bfloat16" if half else "float32"
-    if args.compile and args.option == "generate":
-        raise ValueError("--compile: is not for --option generate")
     check_files(args)
+    for note in args.notes:
+        print(f"run_llama.py: note: {note}", file=sys.stderr)
     seed_everything(args.seed)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-        print("float32 products are computed in TF32")
     if args.option == "generate":
         generate(args, device)
     elif args.option == "prompt":

@@ -101,7 +101,9 @@ class Tokenizer:
             before, text = self.decode(tokens[last:done]), self.decode(tokens[last:])
             if len(text) > len(before) and not text.endswith("\ufffd"):
                 yield text[len(before) :]
-                last, done = done, len(tokens)
+                if self.decode(tokens[done:]).strip():  # a lone space is lost as a first token
+                    last = done
+                done = len(tokens)
         before, text = self.decode(tokens[last:done]), self.decode(tokens[last:])
         if len(text) > len(before):
             yield text[len(before) :]
@@ -111,7 +113,8 @@ def train_tokenizer(paths: Sequence[str | Path], vocab_size: int, output: str | 
     """Train a BPE tokenizer like Llama's on text, one document a line, labels dropped.
 
     Sennrich et al. 2016, arXiv:1508.07909. Bytes are pieces too (so no text is unknown), digits
-    stand alone, and text is taken as it is, without Unicode normalisation.
+    stand alone, and characters are taken as they are, without Unicode normalisation; runs of white
+    space become one space, and none is left at the end.
 
     Args:
         paths: UTF-8 text files, plain or labelled.

@@ -74,10 +74,10 @@ def has_bfloat16(device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported()
 
 
-def autocast(device: torch.device, dtype: str | None) -> torch.autocast:
-    """The scope of a forward pass whose large products are of `dtype`; None means float32.
+def autocast(device: torch.device, dtype: str) -> torch.autocast:
+    """The scope of a forward pass whose large products are of `dtype`, "float32" or "bfloat16".
 
-    Parameters, and what is sensitive (RMSNorm, softmax, losses), stay in float32.
+    Parameters, the residual stream and RMSNorm stay in float32.
     """
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 

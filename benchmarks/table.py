@@ -16,7 +16,7 @@ from benchmarks.measure import (
     time_in_turn,
 )
 from benchmarks.works import DTYPES, NEW_TOKENS, make_llama, make_work, sample_batches
-from utils import resolve_device
+from utils import at_least_one, resolve_device
 
 HEAD = """\
 | work | side | beside | times as fast | aim | speed | beside | unit | of the ceiling | GiB |
@@ -102,7 +102,7 @@ def parse_args(doc: str | None) -> argparse.Namespace:
     transformers.logging.set_verbosity_error()
     parser = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
     parser.add_argument("--use_gpu", action="store_true")
-    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--rounds", type=at_least_one, default=5, help="default: %(default)s")
     return parser.parse_args()
 
 

@@ -2,7 +2,7 @@
 
 All have the shape of `stories42M.pt`, the same random weights, and real sentences of SST and
 CFIMDB, which `data/download.py` fetches. A pass over a data set is represented by some of its
-batches, evenly spaced from the shortest to the longest.
+batches: the middles of as many equal parts, in order of size.
 """
 
 import contextlib
@@ -42,6 +42,7 @@ def read_tokenizer() -> Tokenizer:
     return Tokenizer(tokenizer_model=ROOT / "tokenizer.model")
 
 
+@cache
 def sample_batches(task: str, data: str, by_length: bool) -> tuple[list[Batch], int]:
     """Some batches of a pass, and how many sentences they hold.
 

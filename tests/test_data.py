@@ -212,7 +212,7 @@ def test_course_data_facts(name: str) -> None:
     assert json.dumps(suffix).endswith(' This movie is "')
 
 
-def lengths_of(batches: list[list[int]], lengths: list[int]) -> float:
+def padding_share(batches: list[list[int]], lengths: list[int]) -> float:
     """Share of padding in batches, each padded to its longest row."""
     real = sum(lengths[i] for batch in batches for i in batch)
     return 1 - real / sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
@@ -231,7 +231,7 @@ def test_length_batches_hold_each_example_once() -> None:
         assert sorted(i for batch in batches for i in batch) == list(range(1003))
         assert len(batches) == len(sampler) == 126
         assert sorted(map(len, batches)) == [3] + [8] * 125
-        assert lengths_of(batches, lengths) < 0.04
+        assert padding_share(batches, lengths) < 0.04
     # Shuffled: neither the batches nor what is in them follow the length alone.
     means = [sum(lengths[i] for i in batch) / len(batch) for batch in first]
     assert means != sorted(means)
@@ -247,10 +247,10 @@ def test_length_batches_leave_little_padding_on_the_real_data(tokenizer_path: Pa
         examples = create_data(ROOT / f"data/{name}-train.txt", tokenizer, num_labels, 1024)
         lengths = [len(example.tokens) for example in examples]
         generator = torch.Generator().manual_seed(0)
-        assert lengths_of(list(LengthBatches(lengths, size, generator)), lengths) < 0.05
-        assert lengths_of(list(LengthBatches(lengths, size)), lengths) < 0.05
+        assert padding_share(list(LengthBatches(lengths, size, generator)), lengths) < 0.05
+        assert padding_share(list(LengthBatches(lengths, size)), lengths) < 0.05
         unsorted = torch.arange(len(lengths)).split(size)
-        assert lengths_of([batch.tolist() for batch in unsorted], lengths) > 0.3
+        assert padding_share([batch.tolist() for batch in unsorted], lengths) > 0.3
 
 
 def test_model_eval_returns_to_the_files_order(tmp_path: Path, tokenizer_path: Path) -> None:
@@ -270,3 +270,7 @@ def test_model_eval_returns_to_the_files_order(tmp_path: Path, tokenizer_path: P
         results.append(model_eval(loader, model, torch.device("cpu")))
     assert results[0] == results[1]
     assert results[0].sentences == texts and 0 < sum(results[0].predictions) < 30
+    with torch.no_grad():
+        model.classifier_head.weight[0, 0] = math.nan
+    with pytest.raises(ValueError, match="scores are infinite or NaN"):
+        model_eval(loader, model, torch.device("cpu"))

@@ -149,7 +149,7 @@ def test_pretrain_is_determined_by_the_seed(workplace: Path) -> None:
 def test_the_best_epoch_is_kept(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    losses, gains = iter([3.0, 2.0, math.nan, 2.5, 2.0]), []
+    losses, gains = iter([3.0, 2.0, 2.5, 2.0, 4.0]), []
 
     def scripted(llama, blocks, batch_size, precision):  # type: ignore[no-untyped-def]
         gains.append(llama.norm.weight.detach().clone())
@@ -221,6 +221,18 @@ def test_a_loss_of_nan_stops_and_keeps_the_last_good_checkpoint(
         err,
     )
     assert Path("lm/model.pt").read_bytes() == good
+
+
+def test_a_last_step_that_destroys_the_model_is_an_error(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its own loss was still finite: the one on the validation text is not."""
+    argv = [*SCRATCH, "--epochs", "1", "--batch_size", "64", "--lr", "1e38"]
+    status, _, err = run([*argv, "--filepath", "lm/model.pt"], capsys)
+    assert status == 2 and not Path("lm/model.pt").exists()
+    assert re.fullmatch(
+        r"run_llama\.py: error: step 0: the validation loss is (nan|inf); try a lower --lr\n", err
+    )
 
 
 BAD_INPUTS = {

@@ -18,7 +18,7 @@ from llama import load_pretrained
 from run_llama import get_args, main
 from tests.conftest import ROOT, SENTENCES, make_llama, save_llama
 from tokenizer import Tokenizer
-from utils import pad_batch
+from utils import autocast, pad_batch
 
 PROMPT = ["--option", "prompt", "--batch_size", "3"]
 FINETUNE = ["--option", "finetune", "--batch_size", "3", "--epochs", "2", "--lr", "1e-3"]
@@ -214,6 +214,11 @@ def test_bfloat16_trains_float32_parameters(
         assert main([*PROMPT, *flags, "--dtype", dtype]) == 0
     assert all(tensor.dtype == torch.float32 for tensor in weights[1].values())
     differences = [(weights[0][name] - weights[1][name]).abs().max() for name in weights[0]]
+    config = run_llama.ClassifierConfig(2, "", 0.0, "finetune")
+    llama = load_pretrained("stories42M.pt", causal=bool(flags))
+    with autocast(torch.device("cpu"), "bfloat16"):
+        scores = run_llama.LlamaEmbeddingClassifier(config, llama)(torch.tensor([[1, 5, 9]]))
+    assert scores.dtype == torch.float32  # in bfloat16 labels would tie
     assert 0 < max(differences) <= 2 * 6 * 1e-3 + 1e-6  # six steps of 1e-3, the other way at worst
 
 
@@ -359,9 +364,12 @@ def test_demo_stands_in_for_missing_defaults(
     """Each missing default gets one line; a present one is used."""
     for name in missing:
         Path(name).unlink()
+    Path("data/cfimdb-train.txt").unlink()  # which this task does not read
     demo = os.path.relpath(ROOT / "data" / "demo")
+    _, _, err = run(["--option", "prompt"], capsys)
+    assert err.startswith("".join(NOTES[name].format(demo=demo) for name in missing))
     args = get_args(["--option", "prompt"])
-    assert capsys.readouterr().err == "".join(NOTES[name].format(demo=demo) for name in missing)
+    assert len(args.notes) == len(missing)
     model = f"{demo}/model.pt" if "stories42M.pt" in missing else "stories42M.pt"
     assert args.pretrained_model_path == model
     assert args.tokenizer_path == model.replace("model.pt", "tokenizer.model").replace(
