@@ -185,10 +185,14 @@ def prepare_for_decoding(
         quantize: whether to store the matrices as int8.
 
     Raises:
-        ValueError: the model cannot be quantized: it is not causal, or not on the CPU.
+        ValueError: the model cannot be quantized: it is not causal, not on the CPU, or of a size
+            that is no multiple of 16.
     """
     if quantize and not (llama.config.causal and llama.output.weight.device.type == "cpu"):
         raise ValueError("--quantize int8: only for a causal model (--causal), on the CPU")
+    if quantize and (llama.config.dim % 16 or llama.config.hidden_dim % 16):
+        # PyTorch's int8 product reads 16 numbers at a time, beyond the end of other rows.
+        raise ValueError("--quantize int8: only where dim and hidden_dim are multiples of 16")
     if not llama.config.causal:
         return llama.to(dtype)
     return DecodingLlama(llama, torch.bfloat16 if quantize else dtype, quantize)

@@ -56,7 +56,7 @@ class Tokenizer:
         model_proto = path.read_bytes()
         try:
             self.sp_model = SentencePieceProcessor(model_proto=model_proto)
-        except RuntimeError:
+        except (RuntimeError, UnicodeDecodeError):  # the latter where its message quotes the file
             model_proto = b""
         if not model_proto:  # SentencePiece itself takes an empty file, and then has no model
             raise ValueError(f"{path}: not a SentencePiece model")
@@ -101,7 +101,9 @@ class Tokenizer:
             before, text = self.decode(tokens[last:done]), self.decode(tokens[last:])
             if len(text) > len(before) and not text.endswith("\ufffd"):
                 yield text[len(before) :]
-                last, done = done, len(tokens)
+                if self.decode(tokens[done:]):  # not spaces alone: a text's first ones are dropped
+                    last = done
+                done = len(tokens)
         before, text = self.decode(tokens[last:done]), self.decode(tokens[last:])
         if len(text) > len(before):
             yield text[len(before) :]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -164,6 +164,18 @@ def test_bad_filters_are_errors(filters: dict[str, Any], message: str) -> None:
         draws(1, **filters)
 
 
+@pytest.mark.parametrize("generator", [None, [torch.Generator()]])
+def test_logits_that_are_not_finite_are_an_error(generator: Any) -> None:
+    with pytest.raises(ValueError, match="the logits are not finite"):
+        sample_next_token(torch.tensor([[1.0, float("inf")]]), 1.0, generator)
+
+
+def test_sizes_that_the_int8_product_cannot_take() -> None:
+    """PyTorch's reads 16 numbers at a time; elsewhere it ends the process."""
+    with pytest.raises(ValueError, match="multiples of 16"):
+        prepare_for_decoding(make_llama(causal=True, dim=24), quantize=True)
+
+
 def test_until_stop_ends_each_row_at_its_own_stop() -> None:
     columns = [torch.tensor(column)[:, None] for column in ([5, 6], [2, 7], [8, 1], [9, 9])]
     taken = iter(columns)
@@ -176,6 +188,7 @@ def test_until_stop_ends_each_row_at_its_own_stop() -> None:
 @given(
     ids=st.lists(st.integers(0, 319), max_size=40), text=st.text(max_size=20), cut=st.integers(0)
 )
+@example(ids=[0, 288, 269], text="", cut=0)  # <unk>, then two pieces that begin with spaces
 def test_streamed_text_is_the_decoded_text(
     tokenizer_path: Path, ids: list[int], text: str, cut: int
 ) -> None:
@@ -370,4 +383,4 @@ def test_standard_input_that_is_no_text(
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9")))
     assert main(["--prompt", "-"]) == 2
-    assert "utf-8" in capsys.readouterr().err
+    assert "error: --prompt -: not UTF-8 text: unexpected end" in capsys.readouterr().err
