@@ -8,7 +8,9 @@ model (prefix `_orig_mod.`), and weights stored in float16 or bfloat16, which be
 import logging
 import pickle
 import re
+import reprlib
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +33,7 @@ OTHER_NAMES = {
 }
 # Rotary tables, which some writers store and every reader recomputes.
 DERIVED = re.compile(r"(^|\.)(freqs_cos|freqs_sin|rope\.freqs|inv_freq)$")
+STORED_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 TIED_NAMES = ("tok_embeddings.weight", "output.weight")  # in the order of loading
 
 
@@ -79,17 +82,20 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if path.is_dir():
         raise ValueError(f"{path}: is a folder, expected a checkpoint file")
     try:
+        _check_stored_sizes(path)
         with warnings.catch_warnings(action="ignore"):  # on odd files; what counts is raised
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such checkpoint") from None
+    except PermissionError:
+        raise
     except pickle.UnpicklingError:
         raise ValueError(
             f"{path}: not a checkpoint of tensors and plain values ({_describe(path)}); "
             "nothing in it was run"
         ) from None
-    except (RuntimeError, EOFError, LookupError, TypeError, AttributeError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except Exception as error:  # torch.load raises a dozen kinds on a damaged file
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(f"{path}: cannot be read ({_describe(path)}): {reason}") from None
     parts = (
         [checkpoint.get(key) for key in ("model", "model_args")]
@@ -99,6 +105,16 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not parts or not all(isinstance(part, dict) for part in parts):
         raise ValueError(f'{path}: expected a dict that holds the dicts "model" and "model_args"')
     return checkpoint
+
+
+def _check_stored_sizes(path: Path) -> None:
+    """Raise ValueError if a zip archive would unpack to more than it holds: no checkpoint does."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(member.file_size for member in archive.infolist())
+    if unpacked > path.stat().st_size:
+        raise ValueError(f"it would unpack to {unpacked:,} bytes")
 
 
 def write_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
@@ -128,6 +144,12 @@ def parse_config(
         config = LlamaConfig.from_model_args(checkpoint["model_args"])
     except ValueError as error:
         raise ValueError(f"{path}: model_args: {error}") from None
+    tensors = len(checkpoint["model"])
+    if config.n_layers * 9 > tensors:  # found out before so many layers are made
+        raise ValueError(
+            f"{path}: model_args: n_layers={config.n_layers}, of 9 tensors each, but the file "
+            f"holds {tensors} tensors"
+        )
     return replace(
         config,
         causal=config.causal if causal is None else causal,
@@ -145,18 +167,37 @@ def parse_weights(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, 
     Raises:
         ValueError: an entry is no tensor of floating-point numbers, or two have one name.
     """
-    state_dict: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     for given, tensor in checkpoint["model"].items():
-        name = translate_name(str(given))
+        if not isinstance(given, str):
+            raise ValueError(f"{path}: a weight's name is {reprlib.repr(given)}, no text")
+        name = translate_name(given)
         if DERIVED.search(name):
             continue
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        if not _is_plain(tensor):
             raise ValueError(f"{path}: {given} is not a tensor of floating-point numbers")
-        if name in state_dict:
+        if name in weights:
             raise ValueError(f"{path}: two tensors are named {name}")
-        state_dict[name] = tensor.float()
+        weights[name] = tensor
+    # Stored once, a number may be claimed by many tensors and many times by each of them. A
+    # checkpoint does that at most for the tied matrix; more could fill any memory.
+    size = sum(tensor.nbytes for tensor in weights.values())
+    if size > 2 * Path(path).stat().st_size:
+        raise ValueError(f"{path}: its tensors claim {size:,} bytes, more than the file holds")
+    state_dict = {name: tensor.float() for name, tensor in weights.items()}
     _tie(state_dict, path)
     return state_dict
+
+
+def _is_plain(tensor: object) -> bool:
+    """Whether an entry is an ordinary tensor of floating-point numbers, with its numbers."""
+    return (
+        isinstance(tensor, Tensor)
+        and tensor.dtype in STORED_DTYPES
+        and tensor.layout == torch.strided
+        and tensor.device.type == "cpu"  # not meta, which has a shape only
+        and not tensor.is_nested
+    )
 
 
 def _tie(state_dict: dict[str, Tensor], path: str | Path) -> None:
@@ -181,7 +222,8 @@ def load_strictly(model: nn.Module, state_dict: Mapping[str, Tensor], path: str 
     """Give `model` the tensors of `state_dict` themselves, which must be its own, no more, no less.
 
     Raises:
-        ValueError: names the missing, unexpected and wrongly shaped tensors.
+        ValueError: names the missing, unexpected and wrongly shaped tensors, or one that holds a
+            NaN or an infinity.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
@@ -199,6 +241,9 @@ def load_strictly(model: nn.Module, state_dict: Mapping[str, Tensor], path: str 
         problems.append(f"wrong shape: {_some(shapes)}")
     if problems:
         raise ValueError(f"{path}: the weights do not fit the model: {'; '.join(problems)}")
+    for name, tensor in state_dict.items():
+        if not torch.stack(tensor.aminmax()).isfinite().all():
+            raise ValueError(f"{path}: {name} holds a number that is NaN or infinite")
     model.load_state_dict(state_dict, assign=True)
 
 

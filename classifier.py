@@ -5,6 +5,7 @@ column of the padded batch, as the assignment has it; in causal mode it is the s
 token, which the caller's `lengths` tell.
 """
 
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from base_llama import load_strictly, parse_config, read_checkpoint
+from base_llama import load_strictly, parse_config, parse_weights, read_checkpoint
+from config import MAX_SIZE
 from llama import Llama, load_pretrained
 from tokenizer import Tokenizer
 
@@ -146,8 +148,15 @@ def load_classifier(path: str | Path) -> LlamaEmbeddingClassifier:
         )
     except (KeyError, TypeError):
         raise ValueError(f"{path}: holds no fine-tuned classifier") from None
+    num_labels, dropout = config.num_labels, config.hidden_dropout_prob
+    if type(num_labels) is not int or not 1 <= num_labels <= MAX_SIZE:
+        raise ValueError(f"{path}: num_labels={reprlib.repr(num_labels)} is no number of labels")
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+        raise ValueError(
+            f"{path}: hidden_dropout_prob={reprlib.repr(dropout)} is not a number in [0, 1)"
+        )
     with torch.device("meta"):  # no memory and no random numbers for weights that are replaced
         model = LlamaEmbeddingClassifier(config, Llama(parse_config(checkpoint, path)))
-    load_strictly(model, checkpoint["model"], path)
+    load_strictly(model, parse_weights(checkpoint, path), path)
     model.llama.tie_weights()
     return model.eval()

@@ -4,12 +4,14 @@
 that the model does not read. Options of a run (paths, learning rate, ...) live in `run_llama.py`.
 """
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
 # Names that other writers of this checkpoint format use for our fields.
 ALIASES = {"norm_eps": "layer_norm_eps"}
+MAX_SIZE = 2**20  # of any size; beyond every Llama's, and no product of two overflows
 
 
 @dataclass(frozen=True)
@@ -56,16 +58,20 @@ class LlamaConfig:
                 f"{self.head_dim}; rotary embeddings rotate pairs of features"
             )
         if not _is_number(self.layer_norm_eps) or not 0 < self.layer_norm_eps < 1:
-            raise ValueError(f"layer_norm_eps={self.layer_norm_eps!r} is not a number in (0, 1)")
+            raise ValueError(
+                f"layer_norm_eps={reprlib.repr(self.layer_norm_eps)} is not a number in (0, 1)"
+            )
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout!r} is not a number in [0, 1)")
+            raise ValueError(f"dropout={reprlib.repr(self.dropout)} is not a number in [0, 1)")
         if not isinstance(self.causal, bool):
-            raise ValueError(f"causal={self.causal!r} is not True or False")
+            raise ValueError(f"causal={reprlib.repr(self.causal)} is not True or False")
 
     def _check_size(self, name: str) -> None:
         value = getattr(self, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}={value!r} is not a whole number of at least 1")
+            raise ValueError(f"{name}={reprlib.repr(value)} is not a whole number of at least 1")
+        if value > MAX_SIZE:
+            raise ValueError(f"{name} is above {MAX_SIZE}")
 
     @property
     def head_dim(self) -> int:
@@ -91,7 +97,9 @@ class LlamaConfig:
         for given, value in model_args.items():
             name = ALIASES.get(given, given)
             if name not in known:
-                raise ValueError(f"unknown model argument {given!r}; known are {sorted(known)}")
+                raise ValueError(
+                    f"unknown model argument {reprlib.repr(given)}; known are {sorted(known)}"
+                )
             if name in values:
                 raise ValueError(f"model argument {name!r} is given twice")
             if value is not None:

@@ -393,7 +393,7 @@ def sample_next_token(
         (batch, 1), int64.
 
     Raises:
-        ValueError: an argument is out of bounds.
+        ValueError: an argument is out of bounds, or the logits are not finite.
     """
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature={temperature} is not a number of at least 0")
@@ -414,10 +414,15 @@ def sample_next_token(
         # A token is out if those before it have enough probability already.
         ordered[ordered.cumsum(dim=-1) - ordered >= top_p] = 0
         probabilities = torch.zeros_like(ordered).scatter_(-1, order, ordered)
-    if isinstance(generator, Sequence):
-        rows = zip(probabilities, generator, strict=True)
-        return torch.stack([torch.multinomial(row, 1, generator=own) for row, own in rows])
-    return torch.multinomial(probabilities, num_samples=1, generator=generator)
+    try:
+        if isinstance(generator, Sequence):
+            rows = zip(probabilities, generator, strict=True)
+            return torch.stack([torch.multinomial(row, 1, generator=own) for row, own in rows])
+        return torch.multinomial(probabilities, num_samples=1, generator=generator)
+    except RuntimeError:
+        if not logits.isnan().any():
+            raise
+        raise ValueError("the logits are not finite: the model's weights are too large") from None
 
 
 def load_pretrained(

@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import os
+import reprlib
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence, Set
@@ -44,6 +45,7 @@ from llama import Llama, load_pretrained
 from optimizer import AdamW
 from tokenizer import Tokenizer
 from utils import (
+    LARGEST_INT,
     SEPARATOR,
     OneLineParser,
     StepLog,
@@ -55,6 +57,7 @@ from utils import (
     confusion_matrix,
     describe_error,
     has_bfloat16,
+    is_text,
     macro_f1,
     open_atomically,
     pad_batch,
@@ -277,10 +280,12 @@ def read_label_names(path: str | Path) -> list[str]:
         names = json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a JSON file: {error}") from None
-    if not isinstance(names, list) or not all(isinstance(n, str) and n.strip() for n in names):
+    if not isinstance(names, list) or not all(is_text(name) and name.strip() for name in names):
         raise ValueError(f'{path}: expected a JSON list of words such as ["bad", "good"]')
     if len(names) < 2 or len(set(names)) < len(names):
-        raise ValueError(f"{path}: expected two or more different label words, found {names}")
+        raise ValueError(
+            f"{path}: expected two or more different label words, found {reprlib.repr(names)}"
+        )
     return names
 
 
@@ -781,18 +786,20 @@ def seed(text: str) -> int:
 
 
 def at_least_zero(text: str) -> float:
-    """Argument type: a finite number of at least 0."""
+    """Argument type: a number of at least 0 that tensors can be multiplied with."""
     value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{value} is not a number of at least 0")
+    if not 0 <= value <= torch.finfo(torch.float32).max:
+        raise argparse.ArgumentTypeError(f"{value} is not a number of at least 0 in float32")
     return value
 
 
 def whole_at_least_zero(text: str) -> int:
-    """Argument type: a whole number of at least 0."""
+    """Argument type: a whole number from 0 to `LARGEST_INT`."""
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{value} is below 0")
+    if value > LARGEST_INT:
+        raise argparse.ArgumentTypeError(f"{value} is above {LARGEST_INT}")
     return value
 
 
@@ -965,6 +972,8 @@ def get_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     known = {flag.replace("_", "-"): flag for a in parser._actions for flag in a.option_strings}
     words = []
     for word in sys.argv[1:] if argv is None else argv:
+        if not is_text(word):
+            raise ValueError(f"the argument {word!r} is not UTF-8 text")
         flag, equals, value = word.partition("=")
         words.append(known.get(flag.replace("_", "-"), flag) + equals + value)
     args = parser.parse_args(words)
@@ -1163,7 +1172,9 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # so that a log file shows a run's progress
+        # Line by line, so that a log file shows a run's progress; and a text that the terminal
+        # cannot show is shown escaped.
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         run(get_args(argv))
     except (ValueError, OSError) as error:

@@ -56,7 +56,7 @@ class Tokenizer:
         model_proto = path.read_bytes()
         try:
             self.sp_model = SentencePieceProcessor(model_proto=model_proto)
-        except RuntimeError:
+        except (RuntimeError, UnicodeDecodeError):  # the latter where its message quotes the file
             model_proto = b""
         if not model_proto:  # SentencePiece itself takes an empty file, and then has no model
             raise ValueError(f"{path}: not a SentencePiece model")

@@ -5,7 +5,6 @@ import math
 import os
 import random
 import re
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from torch.optim import Optimizer
 if TYPE_CHECKING:  # imported where it is used: it takes a second
     from torch.utils.tensorboard import SummaryWriter
 
+LARGEST_INT = 2**31 - 1  # of an argument; beyond it, tensors cannot take it
 SEPARATOR = " ||| "  # between label and sentence
 LABEL = re.compile(rf"^\s*[+-]?\d+{re.escape(SEPARATOR)}")
 
@@ -32,10 +32,12 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def at_least_one(text: str) -> int:
-    """Argument type: a whole number of at least 1."""
+    """Argument type: a whole number from 1 to `LARGEST_INT`."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is below 1")
+    if value > LARGEST_INT:
+        raise argparse.ArgumentTypeError(f"{value} is above {LARGEST_INT}")
     return value
 
 
@@ -45,6 +47,14 @@ def describe_error(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(message.split())
+
+
+def is_text(value: object) -> bool:
+    """Whether a value is a text that UTF-8 can hold: not a byte of the command line that is none.
+
+    Python keeps such bytes, and JSON's escapes can write them, as lone surrogates.
+    """
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 def seed_everything(seed: int) -> None:
@@ -110,8 +120,14 @@ def check_writable(path: str | Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.is_file():
         raise OSError(f"{path}: cannot be written: it is there and no plain file")
-    with tempfile.TemporaryFile(dir=path.parent):
-        pass
+    beside = _beside(path)
+    beside.touch()
+    beside.unlink()
+
+
+def _beside(path: Path) -> Path:
+    """Where a file is written until it is whole."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 @contextmanager
@@ -123,7 +139,7 @@ def open_atomically(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     """
     path = Path(path)
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = _beside(path)
     try:
         with open(beside, mode, **text) as file:  # type: ignore[call-overload]
             yield file

@@ -11,15 +11,20 @@ program with one line there and exit status 2.
 
 import argparse
 import hashlib
+import io
 import os
 import re
+import signal
 import sys
+import time
 import zipfile
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
+from threading import current_thread, main_thread
+from typing import NoReturn
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
@@ -33,6 +38,8 @@ HUB_COMMIT = "58e1696980dcbdf80b2dfe876819104a174f5e78"
 HUB_URL = f"https://huggingface.co/karpathy/tinyllamas/resolve/{HUB_COMMIT}"
 
 TIMEOUT = 10.0  # seconds without a connection, or without a byte
+LIMIT = 3 * TIMEOUT  # seconds for one step, however slowly bytes drip in
+SLOWEST = 1000  # bytes a second, after the first LIMIT seconds; slower is as good as broken
 TRIES = 5  # connections that one file may take in a run
 CHUNK = 1 << 18  # bytes
 
@@ -109,6 +116,9 @@ def mismatch(path: Path, pinned: Pinned) -> str:
     if pinned.sha256 is None:
         try:
             with zipfile.ZipFile(path) as archive:
+                unpacked = sum(member.file_size for member in archive.infolist())
+                if unpacked > size:  # torch.save does not compress
+                    return f"expected a zip archive of stored members, found {unpacked:,} bytes"
                 damaged = archive.testzip()
         except Exception as error:  # zipfile raises a dozen kinds on a damaged archive
             damaged = reason_of(error)
@@ -118,15 +128,42 @@ def mismatch(path: Path, pinned: Pinned) -> str:
     return "" if sha256 == pinned.sha256 else f"expected SHA-256 {pinned.sha256}, found {sha256}"
 
 
+@contextmanager
+def time_limit() -> Iterator[None]:
+    """Raise TimeoutError if a step takes more than LIMIT seconds.
+
+    A socket's own timeout begins anew with each byte, and a header of one byte at a time never
+    ends. Without the alarm signal (Windows, other threads) there is no limit but that.
+    """
+    if not hasattr(signal, "SIGALRM") or current_thread() is not main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> NoReturn:
+        raise TimeoutError("timed out")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, LIMIT)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def open_url(url: str, offset: int = 0) -> tuple[HTTPResponse, int, int | None]:
     """Open an address at an offset, or at 0 where the server cannot resume.
 
     Returns the body, where in the file it starts, and the size of the whole file if that is told.
-    Raises NotThereError if there is no such file, OSError or HTTPException if it cannot be had.
+    Raises NotThereError if there is no such file, OSError or HTTPException if it cannot be had, and
+    SourceError if the address, or one that it leads to, cannot be.
     """
     headers = {"Range": f"bytes={offset}-"} if offset else {}
     try:
-        response = urlopen(Request(url, headers=headers), timeout=TIMEOUT)
+        with time_limit():
+            response = urlopen(Request(url, headers=headers), timeout=TIMEOUT)
+    except (ValueError, OverflowError) as error:
+        raise SourceError(f"{url}: is or leads to an impossible address: {error}") from error
     except URLError as error:
         code = error.code if isinstance(error, HTTPError) else None
         if code == 416 and offset:  # the file there is shorter than what is here
@@ -135,13 +172,15 @@ def open_url(url: str, offset: int = 0) -> tuple[HTTPResponse, int, int | None]:
             raise NotThereError(f"{url}: {reason_of(error)}") from error
         raise
     if offset and response.status == 206:
-        sent = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers["Content-Range"] or "")
+        sent = re.fullmatch(
+            r"bytes (\d{1,18})-\d+/(\d{1,18})", response.headers["Content-Range"] or ""
+        )
         if sent and int(sent[1]) == offset:
             return response, offset, int(sent[2])
         response.close()
         return open_url(url)
     length = response.headers["Content-Length"] or ""
-    return response, 0, int(length) if length.isdecimal() else None
+    return response, 0, int(length) if re.fullmatch(r"\d{1,18}", length) else None
 
 
 def receive(url: str, pinned: Pinned, part: Path) -> str:
@@ -170,9 +209,13 @@ def receive(url: str, pinned: Pinned, part: Path) -> str:
                 unit_scale=True,
             ) as bar,
         ):
-            while left:
+            begin, came = time.monotonic(), 0
+            while left > 0:  # a broken chunk may be longer than what was asked for
+                if came < SLOWEST * (time.monotonic() - begin - LIMIT):
+                    return "too slow"
                 try:
-                    chunk = stream.read1(min(CHUNK, left))
+                    with time_limit():
+                        chunk = stream.read1(min(CHUNK, left))
                 except (OSError, HTTPException) as error:
                     return reason_of(error)
                 if not chunk:
@@ -180,6 +223,7 @@ def receive(url: str, pinned: Pinned, part: Path) -> str:
                 file.write(chunk)
                 bar.update(len(chunk))
                 left -= len(chunk)
+                came += len(chunk)
     return "the connection was closed"
 
 
@@ -277,8 +321,15 @@ def run(names: Sequence[str], source: str | None, root: Path) -> None:
     print(f"{root}: {fetched} fetched, {len(wanted) - len(missing)} already there")
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are exceptions, for `main` to report in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
 def get_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="download.py", description="Fetch what is missing of the assignment's files."
     )
     text = "a file to fetch, such as data/sst-dev.txt (default: all)"
@@ -292,8 +343,11 @@ def get_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    args = get_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that cannot be shown must not end the run
+        sys.stdout.reconfigure(errors="backslashreplace")
+    args = argparse.Namespace(source=None, to=None)
     try:
+        args = get_args(argv)
         run(args.names, args.source, args.to)
     except KeyboardInterrupt:
         print("download.py: interrupted; run again to resume", file=sys.stderr)

@@ -1,6 +1,7 @@
 """Checkpoints: every accepted spelling loads to the same model, everything else is an error."""
 
 import logging
+import math
 import os
 import pickle
 import zipfile
@@ -149,6 +150,51 @@ def test_weights_that_do_not_fit_are_named(
         load_pretrained(tmp_path / "model.pt")
 
 
+BAD_TENSORS = {
+    "NaN": (torch.full((48,), math.nan), "norm.weight holds a number that is NaN or infinite"),
+    "infinite": (torch.full((48,), -math.inf), "norm.weight holds a number that is NaN"),
+    "above float32": (torch.full((48,), 1e300, dtype=torch.float64), "norm.weight holds a number"),
+    "sparse": (torch.ones(48).to_sparse(), "norm.weight is not a tensor of floating-point"),
+    "complex": (torch.ones(48, dtype=torch.complex64), "norm.weight is not a tensor of"),
+    "float8": (torch.ones(48).to(torch.float8_e4m3fn), "norm.weight is not a tensor of"),
+    "without numbers": (torch.ones(48, device="meta"), "norm.weight is not a tensor of"),
+    "one number for all": (torch.ones(1).expand(1 << 40), "claim 4,.* bytes, more than the file"),
+    "half of one number": (torch.ones(1).half().expand(1 << 40), "bytes, more than the file"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TENSORS)
+def test_bad_tensors_are_named(llama: Llama, tmp_path: Path, name: str) -> None:
+    checkpoint = checkpoint_of(llama)
+    checkpoint["model"]["norm.weight"], message = BAD_TENSORS[name]
+    write_checkpoint(tmp_path / "model.pt", checkpoint)
+    with pytest.raises(ValueError, match=rf"model\.pt: .*{message}"):
+        load_pretrained(tmp_path / "model.pt")
+
+
+def test_name_that_is_no_text(llama: Llama, tmp_path: Path) -> None:
+    checkpoint = checkpoint_of(llama)
+    checkpoint["model"][7] = torch.ones(3)
+    write_checkpoint(tmp_path / "model.pt", checkpoint)
+    with pytest.raises(ValueError, match=r"model\.pt: a weight's name is 7, no text"):
+        load_pretrained(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("name", ["n_layers", "dim", "vocab_size", "hidden_dim", "max_seq_len"])
+@pytest.mark.parametrize("size", [2**20, 2**40, 10**400])
+def test_absurd_sizes_are_refused_at_once(
+    llama: Llama, tmp_path: Path, name: str, size: int
+) -> None:
+    checkpoint = checkpoint_of(llama)
+    checkpoint["model_args"][name] = size
+    write_checkpoint(tmp_path / "model.pt", checkpoint)
+    if (name, size) == ("max_seq_len", 2**20):
+        load_pretrained(tmp_path / "model.pt")
+        return
+    with pytest.raises(ValueError, match=r"model\.pt: "):
+        load_pretrained(tmp_path / "model.pt")
+
+
 def test_bad_model_args_are_named(llama: Llama, tmp_path: Path) -> None:
     checkpoint = checkpoint_of(llama)
     checkpoint["model_args"]["dim"] = 50
@@ -188,6 +234,30 @@ def test_truncated_file(llama: Llama, tmp_path: Path, share: float) -> None:
     whole = (tmp_path / "whole.pt").read_bytes()
     (tmp_path / "model.pt").write_bytes(whole[: int(share * len(whole))])
     with pytest.raises(ValueError, match=r"model\.pt: .* bytes"):
+        load_pretrained(tmp_path / "model.pt")
+
+
+def test_truncated_file_of_the_old_format(tmp_path: Path) -> None:
+    """Wherever it ends, which the parts of `torch.load` notice in many ways."""
+    path = tmp_path / "model.pt"
+    torch.save({"model": {}, "model_args": {}}, path, _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+    for size in range(len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"model\.pt: .* bytes"):
+            load_pretrained(path)
+
+
+def test_packed_archive_is_refused(llama: Llama, tmp_path: Path) -> None:
+    """It may unpack to more than any memory holds."""
+    save_llama(llama, tmp_path / "whole.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "whole.pt") as whole,
+        zipfile.ZipFile(tmp_path / "model.pt", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in whole.namelist():
+            packed.writestr(name, bytes(1_000_000) if "/data/" in name else whole.read(name))
+    with pytest.raises(ValueError, match=r"model\.pt: .*it would unpack to [\d,]{10,} bytes"):
         load_pretrained(tmp_path / "model.pt")
 
 

@@ -1,5 +1,6 @@
 """The classifiers: what they read, how they score, and what a prediction depends on."""
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -183,3 +184,25 @@ def test_pretrained_checkpoint_is_no_classifier(llama: Llama, tmp_path: Path) ->
     save_llama(llama, tmp_path / "model.pt")
     with pytest.raises(ValueError, match="holds no fine-tuned classifier"):
         load_classifier(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "message"),
+    [
+        ("classifier", "num_labels", -1, "num_labels=-1 is no number of labels"),
+        ("classifier", "num_labels", True, "num_labels=True is no number of labels"),
+        ("classifier", "num_labels", 10**30, "num_labels=10.* is no number of labels"),
+        ("classifier", "hidden_dropout_prob", "x", "hidden_dropout_prob='x' is not a number in"),
+        ("classifier", "more", 1, "holds no fine-tuned classifier"),
+        ("model", "classifier_head.bias", 1.5, "classifier_head.bias is not a tensor"),
+        ("model", "classifier_head.bias", torch.tensor([0.0, math.nan]), "is NaN or infinite"),
+    ],
+)
+def test_bad_entries_are_named(
+    llama: Llama, tmp_path: Path, part: str, name: str, value: Any, message: str
+) -> None:
+    checkpoint = LlamaEmbeddingClassifier(config_of(), llama).to_checkpoint()
+    checkpoint[part][name] = value
+    write_checkpoint(tmp_path / "best.pt", checkpoint)
+    with pytest.raises(ValueError, match=rf"best\.pt: .*{message}"):
+        load_classifier(tmp_path / "best.pt")

@@ -42,6 +42,10 @@ def test_config_is_frozen() -> None:
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"causal": 1}, "causal=1"),
         ({"hidden_dim": -1}, "hidden_dim=-1"),
+        ({"dim": 2**40}, "dim is above 1048576"),
+        ({"dim": 10**400}, "dim is above 1048576"),
+        ({"dim": 2**20}, "hidden_dim is above 1048576"),
+        ({"dim": "x" * 9999}, "dim='xxxxxxxxxxxx...xxxxxxxxxxxxx' is not"),
     ],
 )
 def test_bad_values_are_named(values: dict[str, Any], message: str) -> None:
@@ -66,3 +70,12 @@ def test_unknown_and_doubled_model_args_are_named() -> None:
         LlamaConfig.from_model_args({"n_expert": 8})
     with pytest.raises(ValueError, match="'layer_norm_eps' is given twice"):
         LlamaConfig.from_model_args({"norm_eps": 1e-6, "layer_norm_eps": 1e-6})
+
+
+def test_deeply_nested_values_are_errors() -> None:
+    nested: list[object] = []
+    for _ in range(100_000):
+        nested = [nested]
+    for name in ("dim", "dropout", "layer_norm_eps", "causal"):
+        with pytest.raises(ValueError, match=name):
+            LlamaConfig.from_model_args({name: nested})

@@ -125,7 +125,8 @@ def test_label_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content",
     [b"", b"bad, good", b'{"bad": 0}', b'["bad", 1]', b'["bad", ""]', b'"bad"', b"\xff\xfe"]
-    + [b'["bad"]', b'["bad", "bad"]', b"[]", b"[" * 100_000],
+    + [b'["bad"]', b'["bad", "bad"]', b"[]", b"[" * 100_000]
+    + [b'["bad", "\\ud800"]'],
 )
 def test_bad_label_names_are_errors(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(ValueError, match=r"x\.json: "):

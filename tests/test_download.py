@@ -10,12 +10,14 @@ import random
 import re
 import signal
 import socket
+import socketserver
 import subprocess
 import sys
 import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
@@ -117,6 +119,41 @@ class Server(ThreadingHTTPServer):
         self.cuts: list[int] = []  # after how many bytes to close the next connections
         self.stalls = False  # instead of closing
         self.closing = threading.Event()
+
+
+Step = tuple[float, bytes]  # seconds to wait, bytes to send
+
+
+class Connected(socketserver.BaseRequestHandler):
+    """Answers one request with what its server has in store, whatever was asked for."""
+
+    server: "Answers"
+
+    def handle(self) -> None:
+        with suppress(OSError):
+            self.request.settimeout(5)
+            self.request.recv(4096)
+            for wait, content in self.server.steps():
+                if self.server.closing.wait(wait) if wait else self.server.closing.is_set():
+                    return
+                self.request.sendall(content)
+
+
+class Answers(socketserver.ThreadingTCPServer):
+    """A server that sends, whatever is asked for, what its scripts say, byte by byte."""
+
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Connected)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.scripts: list[Callable[[], Iterator[Step]]] = []
+        self.closing = threading.Event()
+
+    def steps(self) -> Iterator[Step]:
+        """The next answer; the last one again and again."""
+        return (self.scripts.pop(0) if len(self.scripts) > 1 else self.scripts[0])()
 
 
 @pytest.fixture(autouse=True)
@@ -440,6 +477,97 @@ def test_no_network_mentions_another_way(
         "--from DIR_OR_URL takes the files from another place\n"
     )
     assert error_line(result)
+
+
+# Hostile servers
+
+
+@pytest.fixture
+def answers(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Answers]:
+    """A second server, for `--from`, that misbehaves in the bytes that it sends."""
+    monkeypatch.setattr(download, "TIMEOUT", 0.2)
+    monkeypatch.setattr(download, "LIMIT", 0.4)
+    with Answers() as running:
+        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield running
+        running.closing.set()
+        running.shutdown()
+        thread.join()
+
+
+def script(*steps: Step, again: Step | None = None) -> Callable[[], Iterator[Step]]:
+    """An answer of some steps, the last of them endlessly."""
+
+    def answer() -> Iterator[Step]:
+        yield from steps
+        while again:
+            yield again
+
+    return answer
+
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 700001\r\n\r\n"
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+DRIP = (0.05, b"x")
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (script((0, b"HTTP/1.1 200 OK\r\nX: "), again=DRIP), "timed out"),
+        (script((0, b"HTTP/1.1 200 OK\r\n"), again=(0, b"X: y\r\n")), "more than 100 headers"),
+        (script((0, OK), again=DRIP), "too slow"),
+        (script((0, CHUNKED + b"1\r\nx\r\n0\r\n"), again=(0, b"X: y\r\n")), "timed out"),
+        (script((0, OK.replace(b"700001", b"9" * 5000))), "the connection was closed"),
+    ],
+    ids=["slow header", "endless headers", "slow body", "endless trailers", "huge length"],
+)
+def test_hostile_answers_end_within_seconds(
+    answers: Answers, target: Path, run: Run, answer: Callable[[], Iterator[Step]], reason: str
+) -> None:
+    answers.scripts = [answer]
+    start = time.monotonic()
+    line = error_line(run("tokenizer.model", "--from", answers.url))
+    assert time.monotonic() - start < 5
+    assert f"{answers.url}/tokenizer.model: " in line and reason in line
+
+
+@pytest.mark.parametrize("size", [b"-5", b"ffffffffffffffff"])
+def test_wrong_chunk_sizes_do_not_fill_the_disk(
+    answers: Answers, target: Path, run: Run, size: bytes
+) -> None:
+    answers.scripts = [script((0, CHUNKED + size + b"\r\n"), again=(0, bytes(100_000)))]
+    error_line(run("tokenizer.model", "--from", answers.url))
+    assert not target.exists() or names_below(target) <= {"tokenizer.model.part"}
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["http://127.0.0.1:99999/", "http://[::1", "file:///etc/hostname", f"http://{'a' * 70}"],
+)
+def test_redirection_to_nowhere_names_the_address(
+    answers: Answers, target: Path, run: Run, place: str
+) -> None:
+    answers.scripts = [script((0, f"HTTP/1.1 302 Found\r\nLocation: {place}\r\n\r\n".encode()))]
+    line = error_line(run("tokenizer.model", "--from", answers.url))
+    assert f"{answers.url}/tokenizer.model: " in line and names_below(target) == set()
+
+
+def test_packed_archive_is_no_checkpoint(target: Path) -> None:
+    """A small file that unpacks to gigabytes would keep the check busy for long."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/0", bytes(1_000_000))
+    path = put(target / "stories42M.pt", stream.getvalue())
+    pinned = download.Pinned(None, path.stat().st_size, "stories42M.pt")
+    assert "stored members, found 1,000,000 bytes" in download.mismatch(path, pinned)
+
+
+@pytest.mark.parametrize("argv", [["--bogus"], ["--from"], ["--from", "http://127.0.0.1:99999"]])
+def test_bad_arguments_are_one_line(target: Path, run: Run, argv: list[str]) -> None:
+    assert run(*argv).err.count("\n") == 1
+    error_line(run(*argv))
 
 
 # --from

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -184,6 +184,12 @@ def test_bad_filters_are_errors(filters: dict[str, Any], message: str) -> None:
         draws(1, **filters)
 
 
+@pytest.mark.parametrize("generator", [None, [torch.Generator()]])
+def test_logits_that_are_not_finite_are_an_error(generator: Any) -> None:
+    with pytest.raises(ValueError, match="the logits are not finite"):
+        sample_next_token(torch.tensor([[1.0, float("inf")]]), 1.0, generator)
+
+
 def test_until_stop_ends_each_row_at_its_own_stop() -> None:
     columns = [torch.tensor(column)[:, None] for column in ([5, 6], [2, 7], [8, 1], [9, 9])]
     taken = iter(columns)
@@ -198,6 +204,7 @@ def test_until_stop_ends_each_row_at_its_own_stop() -> None:
     text=st.text(max_size=20),
     cut=st.integers(0),
 )
+@example(ids=[0, 288, 269], text="", cut=0)  # <unk>, then two pieces that begin with spaces
 def test_streamed_text_is_the_decoded_text(
     tokenizer_path: Path, ids: list[int], text: str, cut: int
 ) -> None:
@@ -220,11 +227,11 @@ def test_streamed_parts_hold_whole_characters(tokenizer_path: Path) -> None:
 # ------------------------------------------------------------------------------ prepared models
 
 
-@pytest.mark.parametrize("size", [16, 20, 40])
-def test_projection_computes_what_it_stores(size: int) -> None:
-    """All three storages against a float64 product, for one row and for several."""
+@pytest.mark.parametrize(("out", "size"), [(24, 16), (7, 20), (1, 40), (33, 5)])
+def test_projection_computes_what_it_stores(out: int, size: int) -> None:
+    """All three storages against a float64 product, for one row and for several, of any size."""
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(24, size, generator=generator)
+    weight = torch.randn(out, size, generator=generator)
     x = torch.randn(5, size, generator=generator)
     for dtype, quantize, tolerance in (
         (torch.float32, False, 1e-5),

@@ -1,5 +1,6 @@
 """The command line, end to end: results, and one line with status 2 for every bad input."""
 
+import io
 import os
 import re
 import signal
@@ -471,6 +472,11 @@ def bad_inputs() -> dict[str, tuple[list[str], str]]:
             "--hidden_dropout_prob: 1.0 is not in",
         ),
         "seed": (["--seed", "-5"], "--seed: -5 is not in 0 to"),
+        "vast learning rate": ([*FINETUNE, "--lr", "1e39"], "--lr: 1e\\+39 is not a number"),
+        "vast batch size": ([*PROMPT, "--batch_size", "9" * 30], "--batch_size: 9* is above"),
+        "vast top_k": (["--top_k", "9" * 30], "--top_k: 9* is above 2147483647"),
+        "no UTF-8": (["--prompt", "caf\udce9"], r"the argument 'caf\\udce9' is not UTF-8 text"),
+        "name too long": (["--generated_sentence_low_temp_out", "b" * 250], "File name too long"),
         "unknown option": (["--option", "dance"], "--option: invalid choice: 'dance'"),
         "unknown flag": (["--speed", "9"], "unrecognized arguments: --speed 9"),
         "abbreviation": (["--epoch", "9"], "unrecognized arguments: --epoch 9"),
@@ -575,3 +581,14 @@ def test_interrupt_is_one_line(workplace: Path) -> None:
     assert b"interrupted" in err and b"Traceback" not in err
     assert not list(Path("output").rglob("*.tmp"))
     load_classifier("output/task_3/cfimdb-finetune-5000-0.001.pt")
+
+
+def test_a_terminal_of_few_characters_is_no_error(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", screen)
+    assert main(["--prompt", "映画", "--max_new_tokens", "1"]) == 0
+    assert b"\\u6620\\u753b" in screen.buffer.getvalue()
+    path = Path("output/task_1/generated-sentence-temp-0.txt")
+    assert path.read_text(encoding="utf-8").startswith("映画")

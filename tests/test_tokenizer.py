@@ -63,6 +63,14 @@ def test_other_files_are_errors(tmp_path: Path) -> None:
             Tokenizer(tokenizer_model=tmp_path / "bad.model")
 
 
+def test_broken_piece_is_an_error(tmp_path: Path, tokenizer_path: Path) -> None:
+    """SentencePiece quotes it, in a message that is then no text itself."""
+    model = tokenizer_path.read_bytes().replace(b"<0x41>", b"<0x\xfe\xfe>")
+    (tmp_path / "bad.model").write_bytes(model)
+    with pytest.raises(ValueError, match="bad.model: not a SentencePiece model"):
+        Tokenizer(tokenizer_model=tmp_path / "bad.model")
+
+
 def test_model_without_byte_pieces_is_an_error(tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("a warm film and a dull film")

@@ -1,0 +1,1039 @@
+"""Throw broken and hostile input at everything that reads input, and count what comes of it.
+
+    uv run python -m tests.fuzz --inputs 20000 --seed 0     all of them, with a table of counts
+    uv run python -m tests.fuzz --seed 0 --only 1234        one of them again
+
+Every input must end in a result or in an error that `main` reports in one line, within `TIME`
+seconds and `MEMORY` bytes. Meanwhile no file may change but the named outputs, no program may be
+started, and no address but this machine's own be asked. A worker process takes the inputs one
+after the other, and its parent watches the clock. An input depends on the seed and its number only.
+"""
+
+import argparse
+import hashlib
+import importlib
+import io
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import random
+import re
+import resource
+import shutil
+import struct
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import rope
+from base_llama import write_checkpoint
+from classifier import ClassifierConfig, LlamaEmbeddingClassifier, load_classifier
+from llama import load_pretrained
+from run_llama import build_prompt_suffix, create_data, get_args, main, read_label_names
+from tests.conftest import LABEL_NAMES, SENTENCES, make_llama, save_llama
+from tests.test_download import Answers, Step, load_download, make_zip
+from tokenizer import Tokenizer, train_tokenizer
+from utils import describe_error, read_documents
+
+TIME = 5.0  # seconds for one input
+START = 120.0  # seconds for a worker to begin: it imports PyTorch, on what may be a busy machine
+MEMORY = 4 << 30  # bytes of data a worker may have
+MOST = 20  # violations, after which it ends
+VOCAB_SIZE = 320
+CANARY = "code-was-run"  # the folder that hostile pickles make
+TOKENS = torch.tensor([[1, 5, 17, 4, 33]])
+LONG = 1 << 16
+
+
+class Case(NamedTuple):
+    """One input, ready to be tried."""
+
+    run: Callable[[], object]  # returns anything, or raises
+    names: tuple[str, ...] = ()  # one of which an error must mention
+    outputs: tuple[str, ...] = ()  # what the names of files that may be written begin with
+
+
+Target = Callable[[random.Random], Case]
+Targets = Mapping[str, tuple[int, Target]]  # by name: share of the inputs, and maker of one
+
+
+class Violation(Exception):
+    """An input did what none may do."""
+
+
+# ------------------------------------------------------------------------------------ bytes
+
+
+def mutate(rng: random.Random, content: bytes) -> bytes:
+    """Some bytes with a few random changes."""
+    data = bytearray(content)
+    for _ in range(rng.choice((1, 1, 1, 2, 5, 20))):
+        start = rng.randrange(len(data) + 1)
+        end = min(len(data), start + int(2 ** rng.uniform(0, 8)))
+        kind = rng.randrange(8)
+        if kind == 0 and start < len(data):
+            data[start] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            data[start:end] = rng.randbytes(end - start)
+        elif kind == 2:
+            del data[start:end]
+        elif kind == 3:
+            data[start:start] = data[start:end] * rng.choice((1, 2, 30))
+        elif kind == 4:
+            data[start:start] = rng.randbytes(end - start)
+        elif kind == 5:
+            data[start:end] = bytes([rng.choice((0, 1, 127, 128, 255))]) * (end - start)
+        elif kind == 6:
+            size = rng.choice((1, 2, 4, 8))
+            data[start : start + size] = rng.choice((2**63, 2**31, -1, -2, 0)).to_bytes(
+                16, "little", signed=True
+            )[:size]
+        else:
+            del data[start:]
+    return bytes(data)
+
+
+def rarely(rng: random.Random, chance: float = 0.02) -> bool:
+    return rng.random() < chance
+
+
+def text(rng: random.Random) -> str:
+    """A text that may hold anything that a text can, and lone surrogates."""
+    words = ["warm", "dull", "film", "映画", "🎬", "e\u0301", "\0", "\x85", "\u2028", "\ufeff"]
+    words += ["|||", "\r", "\t", "<s>", "</s>", "<0x00>", "▁", "%s", "{}", "\udcff", "\ud800", "--"]
+    words += [chr(rng.randrange(0x110000)) for _ in range(3)]
+    joined = rng.choice((" ", "")).join(rng.choices(words, k=rng.choice((0, 1, 3, 8))))
+    return joined * rng.randrange(LONG >> 6) if rarely(rng) else joined
+
+
+def put(path: str, content: bytes) -> str:
+    Path(path).write_bytes(content)
+    return path
+
+
+# ----------------------------------------------------------------------------- text and words
+
+
+def data_file(rng: random.Random) -> Case:
+    """Lines `label ||| sentence`."""
+    labels = ["-1", "2", "1e3", "٣", "0x1", "", " 1 ", "+1", "1_0", "9" * 20, "9" * 5000]
+    separators = ["|||", " || ", "\t|||\t", " |||", ""]
+    lines = []
+    for _ in range(rng.choice((0, 1, 2, 5))):
+        label = rng.choice(labels) if rarely(rng, 0.1) else rng.choice("01")
+        separator = rng.choice(separators) if rarely(rng, 0.1) else " ||| "
+        lines.append(label + separator + rng.choice((text(rng), "A warm film .")))
+    end = rng.choice(("\n", "\n", "\n", "\n", "\r\n", "\r\n", "\r", "\n\n", "\x85"))
+    content = (end.join(lines) + rng.choice(("", end))).encode("utf-8", "surrogatepass")
+    if rng.random() < 0.3:
+        content = mutate(rng, rng.choice((content, "\n".join(SENTENCES).encode())))
+    path = put("data.txt", content)
+    unlabelled, suffix = rng.random() < 0.5, rng.choice(("", build_prompt_suffix(["bad", "good"])))
+
+    def run() -> None:
+        for line in read_documents(path):
+            line.encode()
+        for example in create_data(path, SAMPLES.tokenizer, 2, 128, suffix, unlabelled):
+            assert -1 * unlabelled <= example.label < 2 and example.sentence.strip()
+            assert 1 <= len(example.tokens) <= 128 and "\n" not in example.sentence
+
+    return Case(run, (path,))
+
+
+def json_value(rng: random.Random, depth: int = 0) -> Any:
+    kind = rng.randrange(8 if depth < 3 else 6)
+    if kind < 3:
+        return text(rng)
+    if kind == 6:
+        return [json_value(rng, depth + 1) for _ in range(rng.randrange(4))]
+    if kind == 7:
+        return {text(rng): json_value(rng, depth + 1) for _ in range(rng.randrange(3))}
+    return rng.choice((0, -1, 1.5, 10**25, math.nan, math.inf, True, None, ""))
+
+
+def label_words(rng: random.Random) -> Case:
+    """A JSON file of label words."""
+    words = rng.sample(("bad", "good", "awful", text(rng), text(rng)), rng.randrange(6))
+    value = json_value(rng) if rarely(rng, 0.2) else words
+    encoding = rng.choice(("utf-8", "utf-8", "utf-8", "utf-16", "utf-32-be", "utf-8-sig"))
+    written = json.dumps(value, ensure_ascii=rng.random() < 0.5)
+    if rarely(rng):
+        written = rng.choice(("[" * LONG, "[" * LONG + "]" * LONG, "9" * LONG, '{"":' * LONG))
+    content = written.encode(encoding, "surrogatepass")
+    path = put("labels.json", mutate(rng, content) if rng.random() < 0.3 else content)
+
+    def run() -> None:
+        names = read_label_names(path)
+        assert len(names) == len(set(names)) > 1
+        SAMPLES.tokenizer.encode(build_prompt_suffix(names), bos=True, eos=False)
+
+    return Case(run, (path,))
+
+
+# --------------------------------------------------------------------------------- checkpoints
+
+
+class RunsCode:
+    """Pickles as a call that makes the canary."""
+
+    def __init__(self, call: tuple[Any, ...]) -> None:
+        self.call = call
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def hostile_calls() -> list[tuple[Any, ...]]:
+    return [
+        (os.mkdir, (CANARY,)),
+        (os.system, (f"mkdir {CANARY}",)),
+        (eval, (f"__import__('os').mkdir({CANARY!r})",)),
+        (exec, (f"import os; os.mkdir({CANARY!r})",)),
+        (getattr, (os, "getcwd")),
+        (open, (CANARY, "w")),
+        (torch.load, ("model.pt",)),
+        (torch.save, ([], CANARY)),
+        (torch.from_file, (CANARY, True, 64)),
+        (torch.UntypedStorage.from_file, (CANARY, True, 64)),
+        (Path.mkdir, (Path(CANARY),)),
+        (shutil.copy, ("model.pt", CANARY)),
+    ]
+
+
+def odd_tensor(rng: random.Random, like: torch.Tensor) -> Any:
+    """What may stand in a file where a weight is expected."""
+    shape, numel = like.shape, like.numel()
+    vast = tuple(rng.choice((1 << 20, 1 << 31, 1 << 40)) for _ in shape)
+    makers: list[Callable[[], Any]] = [
+        lambda: torch.full_like(like, math.nan),
+        lambda: like.clone().index_fill_(0, torch.tensor([0]), rng.choice((math.inf, -math.inf))),
+        lambda: like.double() * 1e300,  # infinite in float32
+        lambda: like * 1e38,
+        lambda: like.half(),
+        lambda: like.bfloat16(),
+        lambda: like.to(rng.choice((torch.float8_e4m3fn, torch.float8_e5m2))),
+        lambda: torch.zeros(shape, dtype=torch.uint8).view(torch.float8_e8m0fnu),
+        lambda: torch.zeros(shape, dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
+        lambda: like.to(rng.choice((torch.int64, torch.int8, torch.bool, torch.uint16))),
+        lambda: like.to(rng.choice((torch.complex64, torch.complex128))),
+        lambda: like.to_sparse(),
+        lambda: torch.sparse_coo_tensor(torch.zeros(len(vast), 0).long(), torch.zeros(0), vast),
+        lambda: like.to_sparse_csr() if like.dim() == 2 else like.to_sparse(),
+        lambda: torch.quantize_per_tensor(like, 0.1, 0, torch.qint8),
+        lambda: like.to("meta"),
+        lambda: torch.empty(vast, device="meta"),
+        lambda: torch.nested.nested_tensor([like, like]),
+        lambda: torch.nn.Parameter(like),
+        lambda: torch.zeros(1).expand(shape),
+        lambda: torch.zeros(1, dtype=torch.float16).expand(shape),
+        lambda: torch.zeros(1).as_strided(vast, [0] * len(vast)),
+        lambda: torch.zeros(1, dtype=torch.float16).as_strided(vast, [0] * len(vast)),
+        lambda: like.T.contiguous().T,
+        lambda: torch.cat((like, like))[: len(like)],
+        lambda: like[:0],
+        lambda: like.reshape(-1),
+        lambda: like.flatten()[0],
+        lambda: torch.zeros([0] * 30),
+        lambda: torch.zeros(numel),
+        lambda: like.untyped_storage(),
+        lambda: like.tolist(),
+        lambda: odd_value(rng),
+    ]
+    return rng.choice(makers)()
+
+
+def odd_value(rng: random.Random) -> Any:
+    """A plain value where another is expected."""
+    nested: Any = []
+    for _ in range(rng.choice((3, 5000))):
+        nested = [nested] if rng.random() < 0.5 else {"": nested}
+    recursive: list[Any] = []
+    recursive.append(recursive)
+    numbers = [0, 1, 2, 3, 4, 7, 48, -1, 2**20, 2**31, 2**40, 2**63, 10**30, 10**400, 10**5000]
+    floats = [0.0, -0.0, 0.5, 48.0, math.nan, math.inf, 1e-320, 1e308]
+    others = [None, True, False, "", "48", text(rng), b"x", (), nested, recursive, {}, 1j]
+    others += [torch.ones(3), torch.tensor(4), torch.Size([4]), torch.float16, {1: 2}, "x" * LONG]
+    return rng.choice((rng.choice(numbers), rng.choice(floats), rng.choice(others)))
+
+
+def odd_key(rng: random.Random) -> Any:
+    keys = [text(rng), "layers.0.attention.wq.weight", "a.b\nc", 0, 1.5, None, True, b"x", (1, 2)]
+    return rng.choice([*keys, torch.tensor(1), "x" * LONG, "attention.wq", "." * LONG])
+
+
+def odd_checkpoint(rng: random.Random, checkpoint: dict[str, Any]) -> Any:
+    """A checkpoint with a few entries changed."""
+    parts = {key: dict(value) for key, value in checkpoint.items()}
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        part = rng.choice(list(parts))
+        entries = parts[part]
+        name = rng.choice(list(entries) or [""])
+        kind = rng.randrange(6)
+        if kind == 0:
+            entries.pop(name, None)
+        elif kind == 1:
+            entries[odd_key(rng)] = entries.get(name)
+        elif part != "model":
+            entries[name] = odd_value(rng)
+        elif isinstance(entries.get(name), torch.Tensor) and kind > 2:
+            with suppress(RuntimeError, TypeError, NotImplementedError):  # not for every shape
+                entries[name] = odd_tensor(rng, checkpoint["model"].get(name, torch.ones(2)))
+        else:
+            entries[name] = rng.choice((odd_value(rng), RunsCode(rng.choice(hostile_calls()))))
+    if rarely(rng, 0.05):
+        others: list[Any] = [list(parts.values()), parts["model"], odd_value(rng)]
+        return rng.choice([*others, {**parts, "more": [1]}])
+    if rarely(rng, 0.05):
+        part = rng.choice(list(parts))
+        return {**parts, part: rng.choice((odd_value(rng), RunsCode(rng.choice(hostile_calls()))))}
+    return parts
+
+
+def serialise(checkpoint: Any, as_zip: bool = True) -> bytes:
+    stream = io.BytesIO()
+    torch.save(checkpoint, stream, _use_new_zipfile_serialization=as_zip)
+    return stream.getvalue()
+
+
+def change_members(rng: random.Random, content: bytes) -> bytes:
+    """The zip archive of a checkpoint with other members, each with a right checksum."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    names = list(members)
+    folder = names[0].split("/")[0]
+    pickled = f"{folder}/data.pkl"
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        name, kind = rng.choice(names), rng.randrange(7)
+        if kind < 3:
+            members[pickled] = mutate(rng, members.get(pickled, b""))
+        elif kind == 3:
+            members.pop(name, None)
+        elif kind == 4:
+            members[name] = mutate(rng, members.get(name, b""))
+        elif kind == 5:
+            other = rng.choice((f"../{CANARY}", f"/{CANARY}", "", "\0", f"{folder}/constants.pkl"))
+            members[rng.choice((other, f"{folder}/{text(rng)}"))] = rng.randbytes(9)
+        else:
+            for end in ("byteorder", "version", ".format_version", ".storage_alignment"):
+                odd = (b"big", b"", b"9" * 30, b"-1", b"\xff", b"little\0")
+                members[f"{folder}/{end}"] = rng.choice(odd)
+    stream = io.BytesIO()
+    method = zipfile.ZIP_DEFLATED if rarely(rng, 0.1) else zipfile.ZIP_STORED
+    with zipfile.ZipFile(stream, "w", method) as archive:
+        for name, member in members.items():
+            archive.writestr(name.encode("utf-8", "replace").decode(), member)
+    return stream.getvalue()
+
+
+def claim_sizes(rng: random.Random, content: bytes) -> bytes:
+    """The zip archive of a checkpoint, whose directory says that members are huge."""
+    data = bytearray(content)
+    for found in re.finditer(rb"PK\x01\x02|PK\x03\x04", content):
+        if rng.random() < 0.5:
+            central = content[found.start() + 2] == 1
+            at = found.start() + (10 if central else 8)  # of the method; the sizes follow
+            struct.pack_into("<H", data, at, rng.choice((0, 8)))
+            struct.pack_into("<I", data, at + 14, rng.choice((2**32 - 2, 2**31, 10**9)))
+            if rng.random() < 0.5:
+                struct.pack_into("<I", data, at + 10, rng.choice((2**32 - 2, 2**31, 10**9)))
+    return bytes(data)
+
+
+def bomb(rng: random.Random, content: bytes) -> bytes:
+    """A checkpoint of 100 MB of zeros, compressed."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as archive, zipfile.ZipFile(stream, "w", 8) as packed:
+        for name in archive.namelist():
+            big = name.endswith("/data/0")
+            packed.writestr(name, bytes(100_000_000) if big else archive.read(name))
+    return stream.getvalue()
+
+
+def deep_checkpoint(rng: random.Random, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Sizes that no file holds, with weights that seem to fit them."""
+    args = dict(checkpoint["model_args"])
+    args[rng.choice(("n_layers", "vocab_size", "dim", "hidden_dim", "max_seq_len"))] = rng.choice(
+        (2**10, 2**16, 2**20, 2**24, 2**30, 2**40)
+    )
+    shapes = {name: list(tensor.shape) for name, tensor in checkpoint["model"].items()}
+    for name, shape in shapes.items():
+        if name.endswith(("tok_embeddings.weight", "output.weight")):
+            shape[0] = args["vocab_size"]
+        if "w2" in name:
+            shape[1] = args["hidden_dim"]
+        elif "w1" in name or "w3" in name:
+            shape[0] = args["hidden_dim"]
+    dtype = rng.choice((torch.float32, torch.float16, torch.float64))
+    weights = {name: torch.zeros(1, dtype=dtype).expand(shape) for name, shape in shapes.items()}
+    return {**checkpoint, "model": weights, "model_args": args}
+
+
+def other_file(rng: random.Random) -> bytes:
+    """A file of another kind."""
+    magic = [b"", b"PK\x03\x04", b"PK\x05\x06" + bytes(18), b"\x80\x02", b"<html>", b"\x1f\x8b\x08"]
+    magic += [b"(lp0\n.", b"model/" + bytes(251) + b"ustar\x00", b"\x93NUMPY", pickle.dumps([1])]
+    return rng.choice(magic) + rng.randbytes(rng.choice((0, 3, 100, 2000)))
+
+
+def checkpoint_bytes(rng: random.Random, checkpoint: dict[str, Any], whole: bytes) -> bytes:
+    """A checkpoint file that is broken or hostile in one of many ways."""
+    kind = rng.random()
+    if kind < 0.2:
+        return mutate(rng, whole)
+    if kind < 0.45:
+        return change_members(rng, whole)
+    if kind < 0.5:
+        return claim_sizes(rng, whole)
+    if kind < 0.502:
+        return bomb(rng, whole)
+    if kind < 0.55:
+        return other_file(rng)
+    if kind < 0.6:
+        return serialise(deep_checkpoint(rng, checkpoint))
+    changed = odd_checkpoint(rng, checkpoint)
+    if kind < 0.9:
+        with suppress(Exception):  # what cannot be saved
+            content = serialise(changed, as_zip=kind < 0.85)
+            return mutate(rng, content) if kind > 0.87 else content
+    code = RunsCode(rng.choice(hostile_calls()))
+    hostile = rng.choice((code, {"model": code, "model_args": {}}, {"model": {code: 1}}))
+    with suppress(Exception):  # what cannot be pickled
+        if rng.random() < 0.5:
+            return serialise(hostile, as_zip=rng.random() < 0.5)
+        return pickle.dumps(hostile, rng.randrange(6))
+    return other_file(rng)
+
+
+def pretrained(rng: random.Random) -> Case:
+    """A checkpoint, loaded and used."""
+    path = put("model.pt", checkpoint_bytes(rng, SAMPLES.checkpoint, SAMPLES.files["model.pt"]))
+
+    def run() -> None:
+        model = load_pretrained(path)
+        parameters = list(model.parameters())
+        assert all(p.dtype == torch.float32 and p.layout == torch.strided for p in parameters)
+        assert all(p.isfinite().all() for p in parameters)
+        with torch.inference_mode():
+            model(TOKENS.clamp(max=model.config.vocab_size - 1)[:, : model.config.max_seq_len])
+        rope.rotary_tables.cache_clear()
+
+    return Case(run, (path,))
+
+
+def fine_tuned(rng: random.Random) -> Case:
+    """A classifier's checkpoint, loaded and used."""
+    whole = SAMPLES.files["classifier.pt"]
+    path = put("classifier.pt", checkpoint_bytes(rng, SAMPLES.classifier, whole))
+
+    def run() -> None:
+        model = load_classifier(path)
+        assert all(p.isfinite().all() for p in model.parameters())
+        with torch.inference_mode():
+            config = model.llama.config
+            model(TOKENS.clamp(max=config.vocab_size - 1)[:, : config.max_seq_len])
+        rope.rotary_tables.cache_clear()
+
+    return Case(run, (path,))
+
+
+# ----------------------------------------------------------------------------------- tokenizer
+
+
+def proto_field(rng: random.Random) -> bytes:
+    """A field of a protocol buffer that may mean anything."""
+    number, wire = rng.choice((1, 1, 2, 3, 4, 5, 35, 40, 43)), rng.choice((0, 1, 2, 2, 5))
+
+    def varint(value: int) -> bytes:
+        parts = []
+        while value > 127:
+            parts.append(value & 127 | 128)
+            value >>= 7
+        return bytes([*parts, value])
+
+    content = {
+        0: varint(rng.choice((0, 1, 2**31, 2**63, 2**64 - 1))),
+        1: rng.randbytes(8),
+        5: rng.choice((rng.randbytes(4), struct.pack("<f", math.nan))),
+    }.get(wire)
+    if content is None:
+        inner = rng.randbytes(rng.randrange(20))
+        content = varint(rng.choice((len(inner), len(inner), 2**31, 2**40))) + inner
+    return varint(number << 3 | wire) + content
+
+
+def tokenizer_file(rng: random.Random) -> Case:
+    """A SentencePiece model."""
+    content = SAMPLES.files["tokenizer.model"]
+    kind = rng.random()
+    if kind < 0.6:
+        content = mutate(rng, content)
+    elif kind < 0.9:
+        content = rng.choice((b"", content)) + b"".join(
+            proto_field(rng) for _ in range(rng.choice((1, 3)))
+        )
+    else:
+        content = other_file(rng)
+    path = put("tokenizer.model", content)
+
+    def run() -> None:
+        tokenizer = Tokenizer(None, path)
+        ids = tokenizer.encode("A warm  film, naïve 映画 🎬 123", bos=True, eos=True)
+        assert all(0 <= token < tokenizer.n_words for token in ids)
+        tokenizer.decode(ids)
+        "".join(tokenizer.decode_stream(ids))
+
+    return Case(run, (path,))
+
+
+# ------------------------------------------------------------------------------------ download
+
+FILE, ENTIRE = "tokenizer.model", random.Random(0).randbytes(3000)
+MODEL, MODEL_CONTENT = "stories42M.pt", make_zip(random.Random(1).randbytes(2000))
+
+
+def answer(rng: random.Random, url: str) -> Callable[[], Iterator[Step]]:
+    """A way to answer that a server may have."""
+    wait = 0.02
+    body = rng.choice((ENTIRE, ENTIRE, MODEL_CONTENT, mutate(rng, ENTIRE), b"<html></html>", b""))
+    number = rng.choice((len(body), len(body), 0, -1, len(body) + 5, len(body) // 2, 10**20))
+    length = rng.choice((str(number), str(number), "9" * 5000, "٣", "1, 1", "x", text(rng)))
+    places = ["/", f"{url}/x", "file:///etc/hostname", f"file://{os.getcwd()}/secret", "ftp://[::1"]
+    places += ["http://127.0.0.1:99999/", "http://[::1", "http://127.0.0.1:0/", "//", "", text(rng)]
+    places += [
+        "http://" + "a" * 70 + "/",
+        "data:,x",
+        "HTTP://127.0.0.1:1/",
+        "http://\x7f/",
+        "http:",
+    ]
+    places += [
+        "http:///x",
+        "https://127.0.0.1:1/",
+        "javascript:1",
+        "ftp://127.0.0.1:1/x",
+        "?" * 999,
+    ]
+    ranges = [f"bytes {rng.choice((0, 1, 1500, -1))}-{number}/{rng.choice((3000, '*', number))}"]
+    ranges += ["bytes 0-2999/3000", f"bytes 1500-2999/{'9' * 5000}", "x", text(rng)]
+    headers = [f"Content-Length: {length}"]
+    if rng.random() < 0.3:
+        others = ["Content-Type: text/html", "Content-Type: ;;=", "Content-Encoding: gzip", ": x"]
+        others += ["Transfer-Encoding: chunked", "Connection: keep-alive", "X" * 200, "\0", " x: y"]
+        headers.append(
+            rng.choice([*others, f"Set-Cookie: {text(rng)}", "WWW-Authenticate: Digest"])
+        )
+    status = rng.choice((200, 200, 200, 206, 206, 204, 304, 401, 404, 416, 500, 99, 1000, 100))
+    if rng.random() < 0.25:
+        status = rng.choice((301, 302, 303, 307, 308, 300))
+        headers.append(f"{rng.choice(('Location', 'URI'))}: {rng.choice(places)}")
+    if status in (206, 416) or rarely(rng):
+        headers.append(f"Content-Range: {rng.choice(ranges)}")
+    if "Transfer-Encoding: chunked" in headers:
+        sizes = ("5", f"{len(body):x}", "-5", "", "0", "ffffffffffffffffff", "x", "1" * 70_000)
+        body = rng.choice(sizes).encode() + b"\r\n" + body + rng.choice((b"\r\n0\r\n\r\n", b""))
+    top = rng.choice(
+        (f"HTTP/1.1 {status} OK",) * 8 + ("HTTP/1.0 200", "HTTP/9", "", "ICY 200", "x")
+    )
+    joined = "\r\n".join([top, *headers, "", ""]).encode("utf-8", "surrogatepass")
+    entire = joined + body
+
+    def once() -> Iterator[Step]:
+        yield 0, entire
+
+    def cut() -> Iterator[Step]:
+        yield 0, entire[: rng.randrange(len(entire))]
+
+    def drip() -> Iterator[Step]:
+        for i in range(len(entire)):
+            yield wait, entire[i : i + 1]
+
+    def endless() -> Iterator[Step]:
+        yield 0, entire
+        while True:
+            yield 0, ENTIRE
+
+    def endless_drip() -> Iterator[Step]:
+        yield 0, entire
+        while True:
+            yield wait, b"x"
+
+    def endless_headers() -> Iterator[Step]:
+        yield 0, f"{top}\r\n".encode()
+        while True:
+            yield rng.choice((0, wait)), b"X: " + rng.choice((b"", b"y" * 3000, b"y")) + b"\r\n"
+
+    def endless_line() -> Iterator[Step]:
+        yield 0, f"{top}\r\nX: ".encode()
+        while True:
+            yield wait, b"y"
+
+    def stall() -> Iterator[Step]:
+        yield 0, entire[: rng.randrange(len(entire))]
+        yield TIME, b""
+
+    kinds = [endless, endless_headers]
+    slow = [drip, endless_drip, endless_line, stall]  # each takes as long as the program lets it
+    if rarely(rng, 0.3):
+        return right_answer
+    return rng.choice(slow if rarely(rng, 0.02) else [once] * 20 + [cut] * 3 + kinds)
+
+
+def right_answer() -> Iterator[Step]:
+    yield 0, b"HTTP/1.1 200 OK\r\nContent-Length: 3000\r\n\r\n" + ENTIRE
+
+
+def download(rng: random.Random) -> Case:
+    """A server that answers as it likes, and the downloader's own arguments."""
+    server = SAMPLES.server
+    server.closing.set()  # the last input's answers end
+    server.closing = threading.Event()
+    server.scripts = [answer(rng, server.url) for _ in range(rng.choice((1, 2, 3)))]
+    if rng.random() < 0.4:
+        server.scripts.append(right_answer)
+    put("secret", ENTIRE)  # what a redirection to file:// would find
+    if rng.random() < 0.4:
+        Path("target").mkdir()
+        had = (ENTIRE[: rng.choice((1, 1500))], ENTIRE + b"x", b"other", ENTIRE[:-1] + b"x")
+        put(f"target/{FILE}{rng.choice(('', '.part', '.part'))}", rng.choice(had))
+    argv = [rng.choice((FILE, FILE, FILE, MODEL)), "--from", server.url, "--to", "target"]
+    if rng.random() < 0.1:
+        sources = ["nowhere", "", ".", "secret", "http://127.0.0.1:99999", "http://[::1", "http://"]
+        sources += ["http://\0/", "HTTP://a b/", "http://" + "a" * 70, "file:///etc", "http://ä.ö/"]
+        argv[2] = rng.choice([*sources, text(rng)])
+        argv[0] = rng.choice((FILE, MODEL, text(rng), "../x", "--bogus", f"../{CANARY}"))
+        argv[4] = rng.choice(("target", "secret", "secret/x", "a" * 300, "target/../target", ""))
+    download_main = SAMPLES.download.main
+    outputs = tuple(f"{folder}{name}" for folder in ("target/", "") for name in (FILE, MODEL))
+    return Case(lambda: exit_status(download_main, argv, "download.py"), outputs=outputs)
+
+
+# -------------------------------------------------------------------------------- command line
+
+
+def arguments(rng: random.Random, inputs: Sequence[str], outputs: Sequence[str]) -> list[str]:
+    """Words of a command line."""
+    ints = ["-1", "0", "1", "3", "7", "99999999999999999999", "1" + "0" * 400, "9" * 5000, "1_0"]
+    floats = ["0", "-0.0", "1e-320", "0.5", "1", "1e38", "1e39", "1e300", "inf", "nan", "x", ""]
+    numbers = {"max_sentence_len": ints, "seed": ints, "max_new_tokens": ["1", "3"], "top_k": ints}
+    numbers |= {"num_samples": ["0", "1", "2"], "epochs": ["0", "1"], "batch_size": ints, "x": ints}
+    numbers |= dict.fromkeys(("dropout", "temperature", "top_p", "lr"), floats)
+    numbers |= dict.fromkeys(("dim", "n_layers", "n_heads", "n_kv_heads"), ["1", "2", "8", "-1"])
+    numbers |= {"hidden_dropout_prob": floats, "max_seq_len": ["1", "2", "64", *ints]}
+    words = {name: rng.choice(values) for name, values in numbers.items()}
+    words |= {"prompt": rng.choice(("A film", "", "-", text(rng))), "quantize": "int8"}
+    words |= {"dtype": rng.choice(("bfloat16", "float64")), "dataset": rng.choice(("sst", "x"))}
+    words |= {"store_dtype": rng.choice(("bfloat16", "float16", "x")), "y": text(rng)}
+    files = ["pretrained-model-path", "tokenizer_path", "train", "dev", "test", "label-names"]
+    words |= {name: rng.choice(inputs) for name in files}
+    files = ["generated_sentence_low_temp_out", "generated_sentence_high_temp_out", "dev_out"]
+    words |= {name: rng.choice(outputs) for name in (*files, "test_out", "filepath")}
+    switches = ("causal", "no-causal", "stop_at_eos", "stream", "use_gpu", "caus", "", "compile ")
+    argv = []
+    if rng.random() < 0.8:
+        argv += ["--option", rng.choice(("generate", "prompt", "prompt", "finetune", "pretrain"))]
+    for _ in range(rng.choice((0, 1, 1, 2, 4))):
+        name = rng.choice((*words, rng.choice(switches)))
+        flag = f"--{name.replace(*rng.choice(('_-', '-_')))}"
+        if name in words:
+            argv += rng.choice(([flag, words[name]], [f"{flag}={words[name]}"]))
+        else:
+            argv.append(flag)
+    return argv
+
+
+def argument_words(rng: random.Random) -> Case:
+    """A command line, parsed only."""
+    names = ["data/cfimdb-dev.txt", "x", "", ".", "/", "a" * 5000, "\0", text(rng)]
+    argv = arguments(
+        rng, names, [*names, "dev-prompting-output.txt", "x/dev-finetuning-output.txt"]
+    )
+    if rng.random() < 0.2:
+        argv += rng.choices(("--", "-", "-h", "--help", "@x", "--=", "--option", text(rng)), k=2)
+        rng.shuffle(argv)
+
+    def run() -> None:
+        try:
+            args = get_args(argv)
+        except SystemExit as stop:
+            assert not stop.code and {"-h", "--help"} & set(argv)
+        else:
+            assert args.epochs >= 1 and args.outfiles
+
+    return Case(run)
+
+
+def whole_run(rng: random.Random) -> Case:
+    """A whole run on a tiny model, with odd flags and at times an odd file."""
+    for name in ("model.pt", "tokenizer.model", "cfimdb-dev.txt"):
+        put(name, SAMPLES.files[name])
+    Path("data").mkdir()
+    for split in ("train", "dev", "test"):
+        shutil.copy("cfimdb-dev.txt", f"data/cfimdb-{split}.txt")
+    put("data/cfimdb-label-mapping.json", LABEL_NAMES.encode())
+    shutil.copy("model.pt", MODEL)
+    odd = ["no.txt", "data", "/dev/null", "", "model.pt", "a" * 300, "caf\udce9.txt", "n\nl.txt"]
+    put("caf\udce9.txt", SAMPLES.files["cfimdb-dev.txt"])
+    for name, make in (("odd.txt", data_file), ("odd.json", label_words)):
+        make(rng)
+        Path({"odd.txt": "data.txt", "odd.json": "labels.json"}[name]).rename(name)
+    changed = mutate(rng, SAMPLES.files["model.pt"])
+    put("odd.pt", rng.choice((changed, SAMPLES.files["narrow.pt"], SAMPLES.files["vast.pt"])))
+    put("odd.model", mutate(rng, SAMPLES.files["tokenizer.model"]))
+    outputs = ["out/x.txt", "data", "/proc/x/y.txt", "/dev/full", "model.pt/x", "b" * 250, "out/\n"]
+    outputs += [f"out/{split}-{kind}-output.txt" for split in ("dev", "test") for kind in KINDS]
+    outputs += ["out/caf\udce9.txt", "out/\udce9/dev-prompting-output.txt"]
+    argv = arguments(rng, [*odd, "odd.txt", "odd.json", "odd.pt", "odd.model"], outputs)
+    argv += ["--max_new_tokens", "2", "--epochs", "1"]
+    for flag, name in (("--dev", "odd.txt"), ("--label-names", "odd.json")):
+        if rng.random() < 0.3:
+            argv += [flag, name]
+    for flag, name in (("--pretrained-model-path", "odd.pt"), ("--tokenizer_path", "odd.model")):
+        if rng.random() < 0.2:
+            argv += [flag, name]
+    if "--dim" in " ".join(argv):
+        argv += ["--dim", "8"]  # of the size of a test
+
+    def run() -> None:
+        sys.stdin = io.TextIOWrapper(io.BytesIO(b"A film\xff"))
+        exit_status(main, argv, "run_llama.py")
+        rope.rotary_tables.cache_clear()
+
+    return Case(run, outputs=("output/", "out/", "b" * 250))
+
+
+KINDS = ("prompting", "finetuning")
+TARGETS: Targets = {  # with their shares of the inputs
+    "data file": (5, data_file),
+    "label words": (4, label_words),
+    "checkpoint": (4, pretrained),
+    "classifier": (1, fine_tuned),
+    "tokenizer file": (3, tokenizer_file),
+    "download": (1, download),
+    "argument words": (2, argument_words),
+    "whole run": (1, whole_run),
+}
+
+
+# -------------------------------------------------------------------------------------- worker
+
+
+class CleanError(Exception):
+    """A program ended with status 2 and one line."""
+
+
+def exit_status(program: Callable[[list[str]], int], argv: list[str], name: str) -> None:
+    """Run a program; raises CleanError where it reports an error as it should."""
+    try:
+        status = program(argv)
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else 1
+    sys.stderr.flush()
+    os.lseek(2, 0, os.SEEK_SET)
+    err = re.sub(r"[^\n]*\r", "", os.read(2, 1 << 20).decode("utf-8", "replace"))
+    lines = [
+        line
+        for line in err.splitlines()
+        if not re.match(
+            rf"{name}: (note: |.*; trying )|.* differ; .* is used$|.*B/s\] *$| *$", line
+        )
+    ]
+    if status == 2:
+        if len(lines) != 1 or not lines[0].startswith(f"{name}: error: "):
+            raise Violation(f"{argv}: expected one line of error, found {err[-2000:]!r}")
+        check_message(lines[0])
+        raise CleanError
+    if status != 0:
+        raise Violation(f"{argv}: status {status}")
+
+
+def check_message(message: str, names: Sequence[str] = ()) -> None:
+    """Raise Violation unless a message says in one line, and where, what the user did wrong."""
+    if not message.strip() or len(message.splitlines()) > 1:
+        raise Violation(f"not one line: {message!r}")
+    if names and not any(name in message for name in names):
+        raise Violation(f"names none of {names}: {message!r}")
+    if re.search("alloc|not enough memory|can't encode|surrogates not allowed", message):
+        raise Violation(f"the program's fault: {message!r}")
+
+
+@dataclass
+class Samples:
+    """What inputs are made of."""
+
+    files: dict[str, bytes]
+    checkpoint: dict[str, Any]
+    classifier: dict[str, Any]
+    tokenizer: Tokenizer
+    server: Answers
+    download: Any
+
+
+SAMPLES: Samples
+
+
+def make_samples(folder: Path) -> None:
+    """Write the sound files from which broken ones are made."""
+    shape = {"n_heads": 2, "n_kv_heads": 1, "vocab_size": VOCAB_SIZE}
+    save_llama(make_llama(causal=True, dim=12, **shape), folder / "narrow.pt")
+    llama = make_llama(causal=True, dim=16, **shape)
+    save_llama(llama, folder / "model.pt")
+    model = LlamaEmbeddingClassifier(ClassifierConfig(2, "", 0.3, "finetune"), llama)
+    write_checkpoint(folder / "classifier.pt", model.to_checkpoint())
+    (folder / "cfimdb-dev.txt").write_text("\n".join(SENTENCES) + "\n")
+    train_tokenizer([folder / "cfimdb-dev.txt"], VOCAB_SIZE, folder / "tokenizer.model")
+    for parameter in llama.parameters():
+        parameter.data *= 1e30  # finite, but nothing that is computed with it
+    save_llama(llama, folder / "vast.pt")
+
+
+def load_samples(folder: Path) -> Samples:
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    checkpoint, classifier = (
+        torch.load(io.BytesIO(files[name]), weights_only=True)
+        for name in ("model.pt", "classifier.pt")
+    )
+    server = Answers()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    module: Any = load_download()
+    module.TIMEOUT, module.LIMIT = 0.1, 0.3
+    sha256 = hashlib.sha256(ENTIRE).hexdigest()
+    module.FILES = (
+        module.Pinned(sha256, len(ENTIRE), FILE, server.url),
+        module.Pinned(None, len(MODEL_CONTENT), MODEL, server.url),
+        module.Pinned(sha256, len(ENTIRE), MODEL, server.url, ".hub.part"),
+    )
+    tokenizer = Tokenizer(None, folder / "tokenizer.model")
+    return Samples(files, checkpoint, classifier, tokenizer, server, module)
+
+
+class Guard:
+    """Watches, from within the interpreter, for what no input may make a program do."""
+
+    FORBIDDEN = {"os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "os.kill"}
+    FORBIDDEN |= {"subprocess.Popen", "ctypes.dlopen"}
+    MOVERS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink"}
+    MOVERS |= {"os.truncate", "os.chmod", "shutil.rmtree", "tempfile.mkdtemp", "tempfile.mkstemp"}
+
+    def __init__(self, place: Path) -> None:
+        self.place = str(place.resolve())
+        self.seen: list[str] = []
+        self.watches = False
+        sys.addaudithook(self.audit)
+
+    def audit(self, event: str, args: tuple[Any, ...]) -> None:
+        if not self.watches:
+            return
+        paths: list[Any] = []
+        if event == "open":
+            writes = args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+            paths = [args[0]] if writes else []
+        elif event in self.MOVERS:
+            paths = [arg for arg in args if isinstance(arg, (str, bytes, os.PathLike))]
+        elif event in self.FORBIDDEN or (event == "socket.connect" and not self.is_local(args[1])):
+            self.seen.append(f"{event} {args!r}")
+        if event == "os.mkdir" and os.path.isdir(args[0]):
+            return  # only to find that it is there
+        for path in paths:
+            if not isinstance(path, int) and not self.may_write(os.fsdecode(path)):
+                self.seen.append(f"{event} {path!r}")
+
+    def may_write(self, path: str) -> bool:
+        # Opened to see whether they can be written, as users may ask for.
+        path = os.path.realpath(path) + os.sep
+        return path.startswith(("/proc/x/", self.place + os.sep))
+
+    @staticmethod
+    def is_local(address: Any) -> bool:
+        return isinstance(address, tuple) and address[0] in ("127.0.0.1", "::1")
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    found = {}
+    for name, _, files in os.walk(folder):
+        for file in files:
+            path = Path(name, file)
+            found[str(path.relative_to(folder))] = path.read_bytes() if path.is_file() else b""
+    return found
+
+
+def try_one(target: Target, rng: random.Random, place: Path, guard: Guard) -> str:
+    """Make one input and try it; returns "result" or "error", raises Violation."""
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    os.chdir(place)
+    case = target(rng)
+    before, outcome = files_below(place), "result"
+    for stream in (1, 2):
+        os.ftruncate(stream, 0)
+        os.lseek(stream, 0, os.SEEK_SET)
+    guard.seen, guard.watches = [], True
+    try:
+        case.run()
+    except CleanError:
+        outcome = "error"
+    except Violation:
+        raise
+    except (ValueError, OSError) as error:
+        check_message(describe_error(error), case.names)
+        outcome = "error"
+    except BaseException:
+        raise Violation(traceback.format_exc()) from None
+    finally:
+        guard.watches = False
+        sys.stdout.flush()
+    if guard.seen:
+        raise Violation(f"did what no input may do: {guard.seen}")
+    os.chdir(place)
+    if Path(CANARY).exists():
+        raise Violation("ran code of the file")
+    after = files_below(place)
+    for name in before.keys() | after.keys():
+        if before.get(name) != after.get(name) and not name.startswith(case.outputs or "\0"):
+            raise Violation(f"changed the file {name}")
+    return outcome
+
+
+def worker(
+    connection: Connection, folder: Path, targets: Targets, seed: int, indices: Sequence[int]
+) -> None:
+    """Try inputs one after the other and report each; the parent ends this process."""
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "no_proxy": "*"}
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+    torch.set_num_threads(1)
+    for slow in ("torch._dynamo", "torch.utils.tensorboard"):  # imported late, and takes seconds
+        importlib.import_module(slow)
+    tempfile.gettempdir()  # tries by a file where it is, once
+    for stream, name in ((1, "stdout"), (2, "stderr")):
+        # Read back, so that what C++ code prints counts too.
+        with open(folder / name, "wb+") as file:
+            os.dup2(file.fileno(), stream)
+    global SAMPLES
+    SAMPLES = load_samples(folder / "samples")
+    guard = Guard(folder / "place")
+    connection.send("ready")
+    for index in indices:
+        rng, name = rng_of(seed, index, targets)
+        start = time.monotonic()
+        try:
+            outcome, detail = try_one(targets[name][1], rng, folder / "place", guard), ""
+        except Violation as violation:
+            outcome, detail = "VIOLATION", str(violation)
+        except BaseException:
+            outcome, detail = "VIOLATION", f"the fuzzer itself: {traceback.format_exc()}"
+        connection.send((outcome, detail, time.monotonic() - start))
+
+
+# -------------------------------------------------------------------------------------- parent
+
+
+class Tally:
+    """What came of all inputs."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[tuple[str, str]] = Counter()  # by target and outcome
+        self.violations: list[str] = []
+        self.slowest = (0.0, -1)  # seconds, input
+
+    def table(self) -> str:
+        counts = Counter(self.counts)
+        for (_, outcome), count in self.counts.items():
+            counts["all", outcome] += count
+        rows = [f"{'target':<16}{'inputs':>8}{'results':>9}{'errors':>8}{'violations':>12}"]
+        for target in dict.fromkeys([*sorted(target for target, _ in self.counts), "all"]):
+            result, error, violation = (
+                counts[target, outcome] for outcome in ("result", "error", "VIOLATION")
+            )
+            total = result + error + violation
+            rows.append(f"{target:<16}{total:>8,}{result:>9,}{error:>8,}{violation:>12,}")
+        return "\n".join(rows)
+
+
+def rng_of(seed: int, index: int, targets: Targets) -> tuple[random.Random, str]:
+    """The source of randomness of an input, and the name of its target."""
+    rng = random.Random(f"{seed}/{index}")
+    shares = [share for share, _ in targets.values()]
+    return rng, rng.choices(list(targets), shares)[0]
+
+
+def fuzz(
+    seed: int, indices: Sequence[int], targets: Targets | None = None, limit: float = TIME
+) -> Tally:
+    """Try inputs on targets (None: on all); a worker that hangs or dies is replaced."""
+    targets = TARGETS if targets is None else targets
+    tally = Tally()
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name).resolve()
+        (folder / "samples").mkdir()
+        make_samples(folder / "samples")
+        while indices and len(tally.violations) < MOST:
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=worker, args=(theirs, folder, targets, seed, indices), daemon=True
+            )
+            process.start()
+            theirs.close()  # so that its end shows when the worker dies
+            if not ours.poll(START) or ours.recv() != "ready":
+                raise RuntimeError("no worker could be started")
+            while indices and len(tally.violations) < MOST:
+                index, indices = indices[0], indices[1:]
+                target = rng_of(seed, index, targets)[1]
+                seconds = 0.0
+                try:
+                    if ours.poll(limit):
+                        outcome, detail, seconds = ours.recv()
+                    else:
+                        outcome, detail = "VIOLATION", f"no end within {limit} s"
+                except EOFError:
+                    process.join()
+                    outcome, detail = "VIOLATION", f"died: exit status {process.exitcode}"
+                tally.counts[target, outcome] += 1
+                tally.slowest = max(tally.slowest, (seconds, index))
+                if outcome == "VIOLATION":
+                    again = f"python -m tests.fuzz --seed {seed} --only {index}"
+                    tally.violations.append(f"{target}: {detail}\nreproduce: {again}")
+                    if not seconds:  # this worker is of no more use
+                        process.kill()
+                        break
+            process.join(0 if indices else START)
+            process.kill()
+            process.join()
+            ours.close()
+    return tally
+
+
+def run_main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status, 1 after a violation."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--inputs", type=int, default=20_000, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--only", type=int, metavar="NUMBER", help="try this input alone")
+    args = parser.parse_args(argv)
+    indices = range(args.inputs) if args.only is None else range(args.only, args.only + 1)
+    start = time.monotonic()
+    tally = fuzz(args.seed, indices)
+    for violation in tally.violations:
+        print(violation, end="\n\n")
+    print(tally.table())
+    print(f"seed {args.seed}, {time.monotonic() - start:.0f} s; the slowest input: {tally.slowest}")
+    return 1 if tally.violations else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main())
