@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from llama import Llama
 from optimizer import AdamW
-from utils import StepLog, to_device
+from utils import StepLog, to_device, uninterrupted
 
 if TYPE_CHECKING:  # imported where it is used: it takes a second
     from torch.utils.tensorboard import SummaryWriter
@@ -196,9 +196,10 @@ def train(
             f"dev loss :: {dev_loss:.3f}, dev perplexity :: {math.exp(dev_loss):.2f}, "
             f"tokens/s :: {blocks[:, 1:].numel() / seconds:.0f}"
         )
-        log.add_scalar("loss/dev", dev_loss, epoch)
-        log.add_scalar("perplexity/dev", math.exp(dev_loss), epoch)
-        log.flush()
+        with uninterrupted():
+            log.add_scalar("loss/dev", dev_loss, epoch)
+            log.add_scalar("perplexity/dev", math.exp(dev_loss), epoch)
+            log.flush()
         if dev_loss < best:
             best = dev_loss
             keep()

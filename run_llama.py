@@ -66,6 +66,7 @@ from utils import (
     resolve_device,
     seed_everything,
     to_device,
+    uninterrupted,
 )
 
 if TYPE_CHECKING:  # imported where it is used: it takes a second
@@ -595,12 +596,14 @@ def train(
             if dev_result.accuracy > best_dev_accuracy:
                 best_dev_accuracy = dev_result.accuracy
                 save_model(model, args.filepath)
-                log_confusion(log, dev_result, label_names, epoch)
+                with uninterrupted():
+                    log_confusion(log, dev_result, label_names, epoch)
             print(
                 f"epoch {epoch}: train loss :: {train_loss:.3f}, "
                 f"train acc :: {train_result.accuracy:.3f}, dev acc :: {dev_result.accuracy:.3f}"
             )
-            log_epoch(log, train_result, dev_result, epoch)
+            with uninterrupted():
+                log_epoch(log, train_result, dev_result, epoch)
 
 
 def train_epoch(

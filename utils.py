@@ -5,6 +5,8 @@ import math
 import os
 import random
 import re
+import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -128,6 +130,26 @@ def check_writable(path: str | Path) -> None:
 def _beside(path: Path) -> Path:
     """Where a file is written until it is whole."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold back an interrupt (Ctrl-C) until the block is done.
+
+    TensorBoard's writer hands its events to a thread: an interrupt in the middle of that leaves the
+    thread asleep, and closing the writer waits for it for ever.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # interrupts are the main thread's
+        return
+    held: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: held.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if held:
+            signal.raise_signal(signal.SIGINT)
 
 
 @contextmanager
@@ -291,9 +313,10 @@ class StepLog:
                     f"step {self.step}: the loss is {loss} at a learning rate of {rate:.3g}; "
                     "try a lower --lr"
                 )
-            self.log.add_scalar("step/loss", loss, self.step)
-            self.log.add_scalar("step/learning_rate", rate, self.step)
-            self.log.add_scalar("step/tokens_per_second", speed, self.step)
+            with uninterrupted():
+                self.log.add_scalar("step/loss", loss, self.step)
+                self.log.add_scalar("step/learning_rate", rate, self.step)
+                self.log.add_scalar("step/tokens_per_second", speed, self.step)
             self.step += 1
         self.start_window()
 
