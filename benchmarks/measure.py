@@ -43,14 +43,14 @@ def time_in_turn(works: Sequence[Work], rounds: int, device: torch.device) -> li
 
 
 def peak_memory(make_work: MakeWork, what: Sequence[object], device: torch.device) -> float:
-    """GiB of a fresh process that does the work three times: of the GPU, or resident."""
+    """GiB of a fresh process that does the work twice: of the GPU, or resident."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak_memory, (make_work, what, device))
 
 
 def _peak_memory(make_work: MakeWork, what: Sequence[object], device: torch.device) -> float:
     work = make_work(*what, device)
-    for _ in range(3):
+    for _ in range(2):
         work()
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30

@@ -34,7 +34,7 @@ class Row:
     aim: float | None = None  # how many times as fast the side should be
 
 
-def count_units(row: Row, side: str) -> int:
+def count_units(row: Row, side: str) -> float:
     """Tokens or sentences that one call of the work goes through."""
     if row.task == "generate":
         return NEW_TOKENS

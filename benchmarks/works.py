@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 LR = 2e-5
 NEW_TOKENS = 75
 BATCH_SIZES = {"prompt": {"sst": 10, "cfimdb": 10}, "finetune": {"sst": 80, "cfimdb": 10}}
-SAMPLE = 5  # batches that stand for a pass over the data
+SAMPLE = 3  # batches that stand for a pass over the data
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.bfloat16}
 Batch = tuple[Tensor, Tensor, Tensor]  # tokens, lengths, labels
 
@@ -43,8 +43,8 @@ def read_tokenizer() -> Tokenizer:
 
 
 @cache
-def sample_batches(task: str, data: str, by_length: bool) -> tuple[list[Batch], int]:
-    """Some batches of a pass, and how many sentences they hold.
+def sample_batches(task: str, data: str, by_length: bool) -> tuple[list[Batch], float]:
+    """Some batches of a pass, and how many of its sentences they are worth, padding counted.
 
     Evaluation takes the dev file in its own order or by length; training takes shuffled batches.
     """
@@ -59,7 +59,9 @@ def sample_batches(task: str, data: str, by_length: bool) -> tuple[list[Batch], 
     batches = [batch for batch in dataset.loader(size, shuffle) if len(batch.labels) == size]
     batches.sort(key=lambda batch: batch.tokens.numel())
     picked = [batches[(2 * i + 1) * len(batches) // (2 * SAMPLE)] for i in range(SAMPLE)]
-    return [(b.tokens, b.lengths, b.labels) for b in picked], size * SAMPLE
+    cells = [batch.tokens.numel() for batch in batches]
+    worth = sum(batch.tokens.numel() for batch in picked) / sum(cells) * len(cells) * size
+    return [(b.tokens, b.lengths, b.labels) for b in picked], worth
 
 
 def make_llama(causal: bool) -> Llama:
