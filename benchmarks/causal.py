@@ -18,8 +18,11 @@ ROWS = [
     Row("generate", "", "causal float32", "reference float32", 4.0),
     Row("prompt", "sst", "causal float32", "Hugging Face float32"),
     Row("prompt", "sst", "causal bfloat16", "Hugging Face float32", 3.0),
+    Row("prompt", "cfimdb", "causal float32", "Hugging Face float32"),
+    Row("prompt", "cfimdb", "causal bfloat16", "Hugging Face float32"),
     Row("finetune", "sst", "causal float32", "Hugging Face float32", 1.9),
     Row("finetune", "sst", "causal bfloat16", "Hugging Face float32", 3.0),
+    Row("finetune", "cfimdb", "causal float32", "Hugging Face float32"),
     Row("finetune", "cfimdb", "causal bfloat16", "Hugging Face float32", 3.0),
 ]
 
