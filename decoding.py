@@ -1,10 +1,11 @@
 """A model prepared for decoding: the same function as `Llama`, in fewer and faster operations.
 
 Decoding one token at a time multiplies every weight with one vector, so it is as fast as weights
-come from memory, and as what is done around them is brief. Hence, beside `llama.py`:
+come from memory, and as what is done around them is brief. Zero-shot scores, which are read off
+whole sentences, gain by the same means. Hence, beside `llama.py`:
 
 - query, key and value are one product, and so are the gate and up projections;
-- RMSNorm's gains are multiplied into the weights that follow;
+- RMSNorm's gains, and the root of the dimension, are multiplied into the weights that follow;
 - query and key are rotated together, as complex numbers (RoFormer, arXiv:2104.09864, eq. 13);
 - weights are stored as the fastest matrix-vector product wants them: float32 column by column,
   bfloat16 row by row, or int8 with a scale for each row.
@@ -71,13 +72,14 @@ class DecodingLayer:
     def __init__(self, layer: LlamaLayer, dtype: torch.dtype, quantize: bool) -> None:
         attention, feed_forward = layer.attention, layer.feed_forward
         parts = [attention.compute_query, attention.compute_key, attention.compute_value]
-        gain = layer.attention_norm.weight
+        root = layer.attention_norm.weight.numel() ** 0.5
+        gain = layer.attention_norm.weight * root
         self.query_key_value = Projection(
             torch.cat([part.weight for part in parts]) * gain, dtype, quantize
         )
         self.output = Projection(attention.compute_output.weight, dtype, quantize)
         gate_up = torch.cat([feed_forward.w1.weight, feed_forward.w3.weight])
-        self.gate_up = Projection(gate_up * layer.ffn_norm.weight, dtype, quantize)
+        self.gate_up = Projection(gate_up * layer.ffn_norm.weight * root, dtype, quantize)
         self.down = Projection(feed_forward.w2.weight, dtype, quantize)
 
 
@@ -97,12 +99,12 @@ class DecodingHead:
 
     def __init__(self, weight: Tensor, gain: Tensor, dtype: torch.dtype, quantize: bool) -> None:
         self.weight = weight
-        self.gain = gain
+        self.gain = gain * weight.shape[1] ** 0.5
         self.dtype = dtype
-        self.projection = Projection(weight * gain, dtype, quantize)
+        self.projection = Projection(weight * self.gain, dtype, quantize)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Logits (n, vocab), float32, of hidden states (n, dim), float32, without the gain."""
+        """Logits (n, vocab), float32, of hidden states (n, dim), float32, of length 1."""
         logits = self.projection(hidden.to(self.dtype)).float()
         if self.dtype == torch.float32:
             return logits
@@ -112,19 +114,22 @@ class DecodingHead:
 
 
 class DecodingLlama(Llama):
-    """A causal `Llama` that can only generate; `stream` and `generate` are inherited.
+    """A causal `Llama` that cannot be trained; `forward`, `stream` and `generate` are inherited.
 
     Args:
         llama: the model whose weights to take.
         dtype: float32 or bfloat16.
         quantize: whether to store the matrices as int8, on the CPU.
+        exact_head: whether logits are computed in float32 whatever the dtype, at some cost.
 
     Attributes:
         error: largest absolute error of a stored weight.
     """
 
     @torch.no_grad()
-    def __init__(self, llama: Llama, dtype: torch.dtype, quantize: bool = False) -> None:
+    def __init__(
+        self, llama: Llama, dtype: torch.dtype, quantize: bool = False, exact_head: bool = False
+    ) -> None:
         nn.Module.__init__(self)  # none of Llama's parts is made
         config = llama.config
         self.config = config
@@ -132,11 +137,17 @@ class DecodingLlama(Llama):
         self.embeddings = llama.tok_embeddings.weight.detach()
         layers = cast(list[LlamaLayer], list(llama.layers))
         self.blocks = [DecodingLayer(layer, dtype, quantize) for layer in layers]
-        head = DecodingHead(self.embeddings, llama.norm.weight.detach(), dtype, quantize)
+        gain = llama.norm.weight.detach()
+        head = (
+            DecodingHead(self.embeddings, gain, torch.float32, quantize=False)
+            if exact_head
+            else DecodingHead(self.embeddings, gain, dtype, quantize)
+        )
         self.output = head  # type: ignore[assignment]
         cos, sin = rotary_tables(
             config.head_dim, config.max_seq_len, 10000.0, self.embeddings.device
         )
+        self.eps_root = torch.tensor((config.dim * config.layer_norm_eps) ** 0.5, device=cos.device)
         self.rotations = torch.complex(cos, sin)  # (max_seq_len, 1, head_dim / 2)
         matrices = [head.projection] + [p for block in self.blocks for p in vars(block).values()]
         self.error = max(matrix.error for matrix in matrices)
@@ -148,7 +159,7 @@ class DecodingLlama(Llama):
         caches: Sequence[KVCache] | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """As `Llama.compute_hidden`, without the gain of the final norm."""
+        """As `Llama.compute_hidden`, but for the final norm's gain: as long as 1."""
         config, (batch, seq) = self.config, tokens.shape
         start = caches[0].length if caches else 0
         if start + seq > config.max_seq_len:
@@ -162,7 +173,8 @@ class DecodingLlama(Llama):
         # The sum over the layers stays in float32: added to in bfloat16, it would lose most.
         h = F.embedding(tokens.flatten(), self.embeddings)  # (batch * seq, dim)
         for i, block in enumerate(self.blocks):
-            heads = block.query_key_value(self.normalise(h)).view(batch, seq, -1, config.head_dim)
+            heads = block.query_key_value(self.normalise(h).to(self.dtype))
+            heads = heads.view(batch, seq, -1, config.head_dim)
             pairs = heads[:, :, :rotated].float().view(batch, seq, rotated, -1, 2)
             turned = torch.view_as_real(torch.view_as_complex(pairs) * rotations)
             turned = turned.view(batch, seq, rotated, -1).to(self.dtype).transpose(1, 2)
@@ -174,17 +186,20 @@ class DecodingLlama(Llama):
                 query, key, value, mask, is_causal=is_causal, enable_gqa=config.n_rep > 1
             )
             h = h + block.output(attended.transpose(1, 2).reshape(batch * seq, -1))
-            gate, up = block.gate_up(self.normalise(h)).chunk(2, dim=-1)
+            gate, up = block.gate_up(self.normalise(h).to(self.dtype)).chunk(2, dim=-1)
             h = h + block.down(F.silu(gate) * up)
-        return F.rms_norm(h, h.shape[-1:], eps=config.layer_norm_eps).view(batch, seq, -1)
+        return self.normalise(h).view(batch, seq, -1)
 
     def normalise(self, x: Tensor) -> Tensor:
-        """RMSNorm without its gain, in the dtype of what is computed."""
-        return F.rms_norm(x, x.shape[-1:], eps=self.config.layer_norm_eps).to(self.dtype)
+        """RMSNorm of x (n, dim) without its gain, over sqrt(dim): x / sqrt(|x|^2 + dim eps)."""
+        return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.eps_root)
 
 
 def prepare_for_decoding(
-    llama: Llama, dtype: torch.dtype = torch.float32, quantize: bool = False
+    llama: Llama,
+    dtype: torch.dtype = torch.float32,
+    quantize: bool = False,
+    exact_head: bool = False,
 ) -> Llama:
     """The model to generate with: `DecodingLlama` if `llama` is causal, else `llama` itself.
 
@@ -192,6 +207,7 @@ def prepare_for_decoding(
         llama: on its device.
         dtype: of what is computed; with int8 weights it is bfloat16.
         quantize: whether to store the matrices as int8.
+        exact_head: whether logits are computed in float32 all the same, to compare any two of them.
 
     Raises:
         ValueError: the model cannot be quantized: it is not causal, or not on the CPU.
@@ -200,4 +216,4 @@ def prepare_for_decoding(
         raise ValueError("--quantize int8: only for a causal model (--causal), on the CPU")
     if not llama.config.causal:
         return llama.to(dtype)
-    return DecodingLlama(llama, torch.bfloat16 if quantize else dtype, quantize)
+    return DecodingLlama(llama, torch.bfloat16 if quantize else dtype, quantize, exact_head)

@@ -402,7 +402,7 @@ def sample_next_token(
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p} is not in (0, 1]")
     if temperature == 0:
-        return logits.argmax(dim=-1, keepdim=True)
+        return logits.max(dim=-1, keepdim=True).indices
     # The largest logit becomes 0 first, and float64, so that no temperature can overflow.
     logits = logits.double() - logits.max(dim=-1, keepdim=True).values
     probabilities = F.softmax(logits / temperature, dim=-1)

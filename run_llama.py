@@ -552,7 +552,12 @@ def test_with_prompting(args: argparse.Namespace, device: torch.device) -> None:
     suffix = build_prompt_suffix(label_names)
     dev_data = load_split(args.dev, args, llama, tokenizer, label_names, suffix)
     test_data = load_split(args.test, args, llama, tokenizer, label_names, suffix)
-    speed_up(args, llama, device)
+    if llama.config.causal and not args.compile:
+        allow_tf32(llama, device)
+        dtype = getattr(torch, args.dtype)
+        llama = prepare_for_decoding(llama.to(device), dtype, exact_head=True)
+    else:
+        speed_up(args, llama, device)
     config = classifier_config(args, label_names)
     model = LlamaZeroShotClassifier(config, tokenizer, label_names, llama).to(device)
     predict(args, model, dev_data, test_data, device)

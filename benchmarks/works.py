@@ -126,6 +126,8 @@ def make_prompt(
     ids = [read_tokenizer().encode(name, bos=False, eos=False)[0] for name in names]
     if not kind.startswith("Hugging Face"):
         config = ClassifierConfig(2, "", 0.3, "prompt")
+        if kind == "causal":
+            llama = prepare_for_decoding(llama, DTYPES[dtype], exact_head=True)
         model = LlamaZeroShotClassifier(config, read_tokenizer(), names, llama).eval()
         precision = autocast(device, dtype)
 

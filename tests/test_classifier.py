@@ -16,6 +16,7 @@ from classifier import (
     load_classifier,
     read_out,
 )
+from decoding import prepare_for_decoding
 from llama import Llama
 from tests.conftest import make_llama, save_llama
 from tokenizer import Tokenizer
@@ -94,6 +95,26 @@ def test_causal_predictions_do_not_depend_on_batch_order_or_padding(tokenizer_pa
         )
         wider = torch.nn.functional.pad(tokens, (0, 9), value=77)
         torch.testing.assert_close(model(wider, lengths), together, atol=1e-5, rtol=0)
+
+
+def test_prepared_model_scores_alike(tokenizer_path: Path) -> None:
+    """What `--option prompt` runs in causal mode: the same in float32, near in bfloat16."""
+    tokenizer = Tokenizer(tokenizer_model=tokenizer_path)
+    llama = make_llama(causal=True)
+    expected, exact, half = (
+        LlamaZeroShotClassifier(config_of(), tokenizer, ["bad", "good"], model)(
+            *pad_batch(SEQUENCES, pad_id=3)
+        )
+        for model in (
+            llama,
+            prepare_for_decoding(llama, exact_head=True),
+            prepare_for_decoding(llama, torch.bfloat16, exact_head=True),
+        )
+    )
+    assert exact.dtype == half.dtype == torch.float32
+    torch.testing.assert_close(exact, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(half, expected, atol=0.05 * expected.std().item(), rtol=0)
+    assert len(half.unique()) == half.numel()  # nothing is rounded to bfloat16
 
 
 def test_reference_predictions_depend_on_padding(tokenizer_path: Path) -> None:
