@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import causal, reference
 from benchmarks.measure import describe_machine, time_in_turn
-from benchmarks.table import lines, parse_args
+from benchmarks.table import describe_ceilings, lines, parse_args
 from benchmarks.works import NEW_TOKENS, make_work
 from utils import open_atomically, resolve_device
 
@@ -70,7 +70,8 @@ def plot(device: torch.device, rounds: int, path: Path) -> list[str]:
 def main() -> int:
     args = parse_args(__doc__)
     device = resolve_device(args.use_gpu)
-    text = [INTRODUCTION.format(rounds=args.rounds, machine=describe_machine(device))]
+    machine = f"{describe_machine(device)}; {describe_ceilings(device)}"
+    text = [INTRODUCTION.format(rounds=args.rounds, machine=machine)]
     for title, rows in (("Reference mode", reference.ROWS), ("Causal mode", causal.ROWS)):
         text.append(f"## {title}\n")
         print(f"\n## {title}\n")

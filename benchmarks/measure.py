@@ -97,9 +97,6 @@ def describe_machine(device: torch.device) -> str:
             f"{models[0] if models else platform.machine()}, {torch.get_num_threads()} threads"
         )
     return (
-        f"{machine}; products {matrix_rate(torch.float32, device) / 1e9:.0f} GFLOP/s in float32, "
-        f"{matrix_rate(torch.bfloat16, device) / 1e9:.0f} in bfloat16, memory "
-        f"{memory_rate(device) / 1e9:.0f} GB/s; Python {platform.python_version()}, "
-        f"PyTorch {torch.__version__}, transformers {transformers.__version__}; "
-        f"{time.strftime('%Y-%m-%d')}"
+        f"{machine}; Python {platform.python_version()}, PyTorch {torch.__version__}, "
+        f"transformers {transformers.__version__}; {time.strftime('%Y-%m-%d')}"
     )

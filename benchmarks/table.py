@@ -47,6 +47,15 @@ def ceiling(what: str, device: torch.device) -> float:
     return memory_rate(device) if what == "memory" else matrix_rate(DTYPES[what], device)
 
 
+def describe_ceilings(device: torch.device) -> str:
+    """The rates that shares are of."""
+    return (
+        f"products {ceiling('float32', device) / 1e9:.0f} GFLOP/s in float32, "
+        f"{ceiling('bfloat16', device) / 1e9:.0f} in bfloat16; "
+        f"memory {ceiling('memory', device) / 1e9:.0f} GB/s"
+    )
+
+
 def share_of_ceiling(row: Row, seconds: float, device: torch.device) -> str:
     """What the side's work takes of what the machine can do.
 
@@ -110,7 +119,7 @@ def main(rows: Sequence[Row], doc: str | None) -> int:
     """Measure some rows and print their table."""
     args = parse_args(doc)
     device = resolve_device(args.use_gpu)
-    print(describe_machine(device), end="\n\n")
+    print(f"{describe_machine(device)}; {describe_ceilings(device)}\n")
     for line in lines(rows, args.rounds, device):
         print(line, flush=True)
     return 0
