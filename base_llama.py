@@ -70,13 +70,13 @@ class LlamaPreTrainedModel(nn.Module):
         write_checkpoint(path, {"model": weights, "model_args": self.config.to_model_args()})
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The dict that a checkpoint file holds, tensors on the CPU; runs no code from the file.
+def load_safely(path: str | Path) -> Any:
+    """What a file of `torch.save` holds, tensors on the CPU; runs no code from the file.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no checkpoint: truncated, another kind of file, or it holds anything but
-            tensors and plain values.
+        ValueError: it is truncated, another kind of file, or it holds anything but tensors and
+            plain values.
     """
     path = Path(path)
     if path.is_dir():
@@ -84,7 +84,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         _check_stored_sizes(path)
         with warnings.catch_warnings(action="ignore"):  # on odd files; what counts is raised
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such checkpoint") from None
     except PermissionError:
@@ -97,6 +97,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except Exception as error:  # torch.load raises a dozen kinds on a damaged file
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(f"{path}: cannot be read ({_describe(path)}): {reason}") from None
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The dict that a checkpoint file holds, as `load_safely` reads it.
+
+    Raises:
+        FileNotFoundError, ValueError: it cannot be read, or is no checkpoint.
+    """
+    checkpoint = load_safely(path)
     parts = (
         [checkpoint.get(key) for key in ("model", "model_args")]
         if isinstance(checkpoint, dict)
@@ -120,7 +129,11 @@ def _check_stored_sizes(path: Path) -> None:
 def write_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
     """Write tensors and plain values to `path`, whole or not at all."""
     with open_atomically(path, "wb") as file:
-        torch.save(dict(checkpoint), file)
+        try:
+            torch.save(dict(checkpoint), file)
+        except RuntimeError as error:
+            # A full disk: closing the archive fails too, and hides why.
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 def parse_config(

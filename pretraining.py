@@ -13,19 +13,25 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from tqdm import tqdm
+from torch import Tensor, nn
 
 from llama import Llama
 from optimizer import AdamW
-from utils import StepLog, to_device, uninterrupted
-
-if TYPE_CHECKING:  # imported where it is used: it takes a second
-    from torch.utils.tensorboard import SummaryWriter
+from training import (
+    TrainingRun,
+    accumulate,
+    gather,
+    parallelise,
+    progress,
+    rank,
+    stop_if_asked,
+    world_size,
+)
+from utils import to_device
 
 WARM_UP = 0.05  # share of the steps in which the learning rate rises to its peak
 FINAL_LR = 0.1  # share of the peak that is left at the end
@@ -37,11 +43,11 @@ SLICE = 1 << 24  # logits that are made at a time: 64 MiB in float32
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast to train."""
+    """How much at a time and how fast to train."""
 
-    epochs: int
     batch_size: int  # blocks of max_seq_len tokens
     lr: float  # the peak
+    micro_batch_size: int | None = None  # blocks that are computed at a time
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -84,30 +90,54 @@ def pack(documents: Sequence[Tensor], block: int, name: str = "text") -> Tensor:
     return stream.unfold(0, block + 1, block)
 
 
-def backward(llama: Llama, blocks: Tensor, precision: AbstractContextManager) -> Tensor:
-    """The loss of some blocks (batch, block + 1), with its gradients added to the parameters'.
+class LinearCrossEntropy(torch.autograd.Function):
+    """The sum of cross-entropies of hidden @ weight^T, and its gradients, in little memory.
 
-    The vocabulary projection is the one large tensor here. It is made, and its gradient taken,
+    The logits are the one large tensor of pretraining. They are made, and their gradients taken,
     a slice of rows at a time, so that no tensor of logits is larger than `SLICE`.
     """
-    with precision:
-        hidden = llama.compute_hidden(blocks[:, :-1])  # (batch, block, dim)
-    leaf = hidden.detach().requires_grad_()
-    loss = torch.zeros((), device=blocks.device)
-    for rows, targets in slices(leaf, blocks, llama.config.vocab_size):
-        with precision:
-            logits = llama.output(rows)  # (rows, vocab)
-            part = F.cross_entropy(logits.float(), targets, reduction="sum") / blocks[:, 1:].numel()
-        part.backward()
-        loss += part.detach()
-    hidden.backward(leaf.grad)
-    return loss
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        """The loss of hidden states (rows, dim), weight (vocab, dim), and targets (rows,)."""
+        loss = torch.zeros((), device=hidden.device)
+        weight_grad, hidden_grads = torch.zeros_like(weight), []
+        for rows, wanted in slices(hidden, targets, len(weight)):
+            leaves = rows.detach().requires_grad_(), weight.detach().requires_grad_()
+            with torch.enable_grad():
+                part = F.cross_entropy(F.linear(*leaves).float(), wanted, reduction="sum")
+            rows_grad, part_grad = torch.autograd.grad(part, leaves)
+            hidden_grads.append(rows_grad)
+            weight_grad += part_grad
+            loss += part.detach()
+        ctx.save_for_backward(torch.cat(hidden_grads), weight_grad)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Gradients of hidden states, weight and targets."""
+        hidden_grad, weight_grad = ctx.saved_tensors
+        return grads[0] * hidden_grad, grads[0] * weight_grad, None
 
 
-def slices(hidden: Tensor, blocks: Tensor, vocab_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows (rows, dim) of hidden states and what they predict (rows,), a slice at a time."""
+class NextTokenLoss(nn.Module):
+    """The sum of the losses of all tokens that some blocks (batch, block + 1) predict."""
+
+    def __init__(self, llama: Llama) -> None:
+        super().__init__()
+        self.llama = llama
+
+    def forward(self, blocks: Tensor) -> Tensor:
+        """A scalar, in nats."""
+        hidden = self.llama.compute_hidden(blocks[:, :-1]).flatten(0, 1)  # (rows, dim)
+        weight = self.llama.output.weight
+        return LinearCrossEntropy.apply(hidden, weight, blocks[:, 1:].flatten())
+
+
+def slices(hidden: Tensor, targets: Tensor, vocab_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Hidden states (rows, dim) and what they predict (rows,), a slice at a time."""
     size = max(1, SLICE // vocab_size)
-    return zip(hidden.flatten(0, 1).split(size), blocks[:, 1:].flatten().split(size), strict=True)
+    return zip(hidden.split(size), targets.split(size), strict=True)
 
 
 @torch.inference_mode()
@@ -119,16 +149,33 @@ def evaluate(
     llama.eval()
     loss = 0.0
     try:
-        for batch in tqdm(blocks.split(batch_size), desc="eval", leave=False):
+        for i, batch in enumerate(progress(blocks.split(batch_size), desc="eval")):
+            if i % world_size() == 0:
+                stop_if_asked()
+            if i % world_size() != rank():
+                continue
             batch = to_device(batch, llama.output.weight.device)
             with precision:
-                hidden = llama.compute_hidden(batch[:, :-1])
-                for rows, targets in slices(hidden, batch, llama.config.vocab_size):
+                hidden = llama.compute_hidden(batch[:, :-1]).flatten(0, 1)
+                targets = batch[:, 1:].flatten()
+                for rows, wanted in slices(hidden, targets, llama.config.vocab_size):
                     logits = llama.output(rows).float()
-                    loss += F.cross_entropy(logits, targets, reduction="sum").item()
+                    loss += F.cross_entropy(logits, wanted, reduction="sum").item()
     finally:
         llama.train(was_training)
-    return loss / blocks[:, 1:].numel()
+    return sum(gather(loss)) / blocks[:, 1:].numel()
+
+
+def make_optimizer(llama: Llama) -> AdamW:
+    """AdamW, with decay of the matrices only; the learning rate is set at each step."""
+    parameters = list(llama.parameters())
+    return AdamW(
+        [
+            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": WEIGHT_DECAY},
+            {"params": [p for p in parameters if p.dim() < 2]},
+        ],
+        betas=BETAS,
+    )
 
 
 def train(
@@ -136,9 +183,8 @@ def train(
     train_documents: Sequence[Tensor],
     dev_documents: Sequence[Tensor],
     schedule: Schedule,
-    generator: torch.Generator,
+    run: TrainingRun,
     precision: AbstractContextManager,
-    log: "SummaryWriter",
     keep: Callable[[], None],
 ) -> None:
     """Train for all epochs.
@@ -147,10 +193,9 @@ def train(
         llama: the model, in causal mode, on its device.
         train_documents: token ids (length,) each, BOS first; packed in a new order each epoch.
         dev_documents: likewise, held out; packed in their own order.
-        schedule: epochs, batch size and learning rate.
-        generator: source of the orders, on the CPU.
+        schedule: batch size and learning rate.
+        run: with the model, its optimizer, and the number of epochs.
         precision: scope of the forward passes, such as `torch.autocast`.
-        log: where loss, learning rate, tokens per second and perplexity go.
         keep: called after each epoch whose validation loss is the lowest so far.
 
     Raises:
@@ -159,47 +204,46 @@ def train(
     block, device = llama.config.max_seq_len, llama.output.weight.device
     dev_blocks = pack(dev_documents, block, "--dev")
     steps_per_epoch = math.ceil(len(pack(train_documents, block, "--train")) / schedule.batch_size)
-    parameters = list(llama.parameters())
-    optimizer = AdamW(
-        [
-            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": WEIGHT_DECAY},
-            {"params": [p for p in parameters if p.dim() < 2]},
-        ],
-        betas=BETAS,
-    )
-    best = math.inf
+    steps = run.last_epoch * steps_per_epoch
+    optimizer, log = run.optimizer, run.log
+    model = parallelise(NextTokenLoss(llama))
+
+    def loss_of(rows: Tensor) -> Tensor:
+        with precision:
+            return model(rows)
+
     llama.train()
-    for epoch in range(schedule.epochs):
-        steps = StepLog(log, optimizer, device, first_step=epoch * steps_per_epoch)
-        start = time.perf_counter()
-        order = torch.randperm(len(train_documents), generator=generator).tolist()
+    for epoch in run.epochs():
+        start, first_step = time.perf_counter(), run.step
+        order = torch.randperm(len(train_documents), generator=run.shuffle).tolist()
         blocks = pack([train_documents[i] for i in order], block)
-        blocks = blocks[torch.randperm(len(blocks), generator=generator)]
-        batches = blocks.split(schedule.batch_size)
-        for i, batch in enumerate(tqdm(batches, desc=f"pretrain-{epoch}", leave=False)):
-            step = epoch * steps_per_epoch + i
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, schedule.epochs * steps_per_epoch, schedule.lr)
-            optimizer.zero_grad()
-            loss = backward(llama, to_device(batch, device), precision)
-            torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
-            optimizer.step()
+        blocks = blocks[torch.randperm(len(blocks), generator=run.shuffle)]
+        batches = run.batches(blocks.split(schedule.batch_size))
+        options = {"desc": f"pretrain-{epoch}", "total": steps_per_epoch, "initial": run.done}
+        for batch in progress(batches, **options):
             tokens = batch[:, 1:].numel()
-            steps.add(loss, tokens, tokens)
-        train_loss = steps.loss_sum() / blocks[:, 1:].numel()
-        seconds = time.perf_counter() - start
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(run.step, steps, schedule.lr)
+            optimizer.zero_grad()
+            loss = accumulate(loss_of, model, [batch], tokens, schedule.micro_batch_size, device)
+            torch.nn.utils.clip_grad_norm_(llama.parameters(), MAX_GRAD_NORM)
+            optimizer.step()
+            run.steps.add(loss, tokens, tokens, tokens)
+        train_loss = run.steps.loss_sum() / blocks[:, 1:].numel()
+        speed = (run.step - first_step) / steps_per_epoch * blocks[:, 1:].numel()
+        speed /= time.perf_counter() - start
         dev_loss = evaluate(llama, dev_blocks, schedule.batch_size, precision)
         if not math.isfinite(dev_loss):
-            raise ValueError(f"step {step}: the validation loss is {dev_loss}; try a lower --lr")
+            last = run.step - 1
+            raise ValueError(f"step {last}: the validation loss is {dev_loss}; try a lower --lr")
         print(
             f"epoch {epoch}: train loss :: {train_loss:.3f}, "
             f"dev loss :: {dev_loss:.3f}, dev perplexity :: {math.exp(dev_loss):.2f}, "
-            f"tokens/s :: {blocks[:, 1:].numel() / seconds:.0f}"
+            f"tokens/s :: {speed:.0f}"
         )
-        with uninterrupted():
-            log.add_scalar("loss/dev", dev_loss, epoch)
-            log.add_scalar("perplexity/dev", math.exp(dev_loss), epoch)
-            log.flush()
-        if dev_loss < best:
-            best = dev_loss
+        log.add_scalar("loss/dev", dev_loss, epoch)
+        log.add_scalar("perplexity/dev", math.exp(dev_loss), epoch)
+        log.flush()
+        if run.best is None or dev_loss < run.best:
+            run.best = dev_loss
             keep()

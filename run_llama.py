@@ -16,20 +16,19 @@ import json
 import math
 import os
 import reprlib
+import statistics
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
-from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from tqdm import tqdm
 
 import pretraining
 from base_llama import write_checkpoint
@@ -44,19 +43,41 @@ from decoding import DecodingLlama, prepare_for_decoding
 from llama import Llama, load_pretrained
 from optimizer import AdamW
 from tokenizer import Tokenizer
+from training import (
+    Interrupted,
+    TrainingRun,
+    accumulate,
+    check_settings,
+    end_processes,
+    from_first,
+    gather,
+    is_first,
+    is_lost_process,
+    markdown_table,
+    parallelise,
+    progress,
+    rank,
+    signals_raise,
+    start_processes,
+    state_path,
+    stop_if_asked,
+    world_size,
+)
 from utils import (
     LARGEST_INT,
     SEPARATOR,
     OneLineParser,
-    StepLog,
     accuracy,
     at_least_one,
     autocast,
     check_readable,
     check_writable,
+    compute_deterministically,
     confusion_matrix,
     describe_error,
+    fingerprint,
     has_bfloat16,
+    is_out_of_memory,
     is_text,
     macro_f1,
     open_atomically,
@@ -66,7 +87,6 @@ from utils import (
     resolve_device,
     seed_everything,
     to_device,
-    uninterrupted,
 )
 
 if TYPE_CHECKING:  # imported where it is used: it takes a second
@@ -75,18 +95,20 @@ if TYPE_CHECKING:  # imported where it is used: it takes a second
 TASKS = ("generate", "prompt", "finetune", "pretrain")
 DATASETS = ("sst", "cfimdb", "demo")
 SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads")  # flags of a new model
-OWN_FLAGS = {
-    "generate": (
-        "temperature",
-        "top_k",
-        "top_p",
-        "num_samples",
-        "stop_at_eos",
-        "stream",
-        "quantize",
-    ),
-    "pretrain": (*SHAPE, "max_seq_len", "store_dtype"),
+OWN_FLAGS = {  # flags that some tasks have no use for
+    "temperature": ("generate",),
+    "top_k": ("generate",),
+    "top_p": ("generate",),
+    "num_samples": ("generate",),
+    "stop_at_eos": ("generate",),
+    "stream": ("generate",),
+    "quantize": ("generate",),
+    **dict.fromkeys((*SHAPE, "max_seq_len", "store_dtype"), ("pretrain",)),
+    "seeds": ("finetune",),
+    **dict.fromkeys(("resume", "save_every", "micro_batch_size"), ("finetune", "pretrain")),
+    "deterministic": ("prompt", "finetune", "pretrain"),
 }
+NO_SETTINGS = ("resume", "save_every", "micro_batch_size", "seeds", "notes")  # of a run's result
 CHECKPOINT = "stories42M.pt"
 FULL_PRECISION = nullcontext()
 NO_LABEL = -1  # in a test file: no gold label is known
@@ -321,31 +343,41 @@ def model_eval(
     device: torch.device,
     precision: AbstractContextManager = FULL_PRECISION,
 ) -> Evaluation:
-    """Predict every example with the highest-scored label; leaves the model's mode as it was."""
+    """Predict every example with the highest-scored label; leaves the model's mode as it was.
+
+    Several processes share out the batches, and all of them get the whole result.
+    """
     was_training = model.training
     model.eval()
     examples: list[Example] = []
-    scores: list[Tensor] = []
+    predicted: dict[int, int] = {}  # by line
+    finite = True
     try:
-        for batch in tqdm(dataloader, desc="eval", leave=False):
-            with precision:
-                scores.append(
-                    model(to_device(batch.tokens, device), to_device(batch.lengths, device))
-                )
+        for i, batch in enumerate(progress(dataloader, desc="eval")):
+            if i % world_size() == 0:
+                stop_if_asked()
             examples += batch.examples
+            if i % world_size() != rank():
+                continue
+            with precision:
+                scores = model(to_device(batch.tokens, device), to_device(batch.lengths, device))
+            finite = finite and bool(scores.isfinite().all())
+            lines = (example.line for example in batch.examples)
+            predicted.update(zip(lines, scores.argmax(dim=-1).tolist(), strict=True))
     finally:
         model.train(was_training)
-    if not all(torch.isfinite(part).all() for part in scores):
+    for other, others_finite in gather((predicted, finite)):
+        predicted |= other
+        finite &= others_finite
+    if not finite:
         raise ValueError(
             "the model's scores are infinite or NaN; if it was trained, try a lower --lr"
         )
-    predicted = torch.cat(scores).argmax(dim=-1).tolist()
-    # Back into the file's order, in which the batches need not be.
-    in_order = sorted(zip(examples, predicted, strict=True), key=lambda pair: pair[0].line)
-    predictions = [prediction for _, prediction in in_order]
-    labels = [example.label for example, _ in in_order]
-    sentences = [example.sentence for example, _ in in_order]
-    confusion = judge(predictions, labels, scores[0].shape[1])
+    examples.sort(key=lambda example: example.line)  # batches need not have the file's order
+    predictions = [predicted[example.line] for example in examples]
+    labels = [example.label for example in examples]
+    sentences = [example.sentence for example in examples]
+    confusion = judge(predictions, labels, max(predictions + labels) + 1)
     return Evaluation(accuracy(confusion), macro_f1(confusion), predictions, labels, sentences)
 
 
@@ -370,17 +402,23 @@ def predict(
     dev_data: LlamaDataset,
     test_data: LlamaDataset,
     device: torch.device,
-) -> None:
-    """Predict dev and test, print their accuracies, and write their prediction files."""
+) -> tuple[float, float]:
+    """Predict dev and test, print their accuracies, and write their prediction files.
+
+    Returns:
+        The two accuracies.
+    """
     precision = autocast(device, args.dtype)
     dev = model_eval(dev_data.loader(args.batch_size), model, device, precision)
     test = model_eval(test_data.loader(args.batch_size), model, device, precision)
-    write_predictions_to_file("dev", args.dev_out, dev.accuracy, dev.predictions, dev.sentences)
-    write_predictions_to_file(
-        "test", args.test_out, test.accuracy, test.predictions, test.sentences
-    )
+    if is_first():
+        for split, path, result in (("dev", args.dev_out, dev), ("test", args.test_out, test)):
+            write_predictions_to_file(
+                split, path, result.accuracy, result.predictions, result.sentences
+            )
     if len(test.labels) > 1 and set(test.labels) == {0}:
         print(f"note: every label in {args.test} is 0, a placeholder; its accuracy means nothing")
+    return dev.accuracy, test.accuracy
 
 
 # --------------------------------------------------------------------------------------- tasks
@@ -563,8 +601,12 @@ def test_with_prompting(args: argparse.Namespace, device: torch.device) -> None:
     predict(args, model, dev_data, test_data, device)
 
 
-def finetune(args: argparse.Namespace, device: torch.device) -> None:
-    """Task 3: train a classifier, then predict dev and test with the epoch best on dev."""
+def finetune(args: argparse.Namespace, device: torch.device) -> tuple[float, float]:
+    """Task 3: train a classifier, then predict dev and test with the epoch best on dev.
+
+    Returns:
+        Accuracy on dev and on test.
+    """
     label_names = read_label_names(args.label_names)
     llama, tokenizer = load_model(args)
     train_data, dev_data, test_data = (
@@ -574,7 +616,81 @@ def finetune(args: argparse.Namespace, device: torch.device) -> None:
     speed_up(args, llama, device)
     model = LlamaEmbeddingClassifier(classifier_config(args, label_names), llama).to(device)
     train(args, model, train_data, dev_data, label_names, device)
-    test(args, dev_data, test_data, device)
+    accuracies = test(args, dev_data, test_data, device)
+    remove_state(args)
+    return accuracies
+
+
+def finetune_seeds(args: argparse.Namespace, device: torch.device) -> None:
+    """Task 3 with each of several seeds; prints and writes mean and standard deviation."""
+    path = seeds_file(args)
+    settings = {name: value for name, value in settings_of(args).items() if name != "seed"}
+    accuracies: dict[str, list[float]] = {}
+    if args.resume and path.exists():
+        accuracies = from_first(lambda: read_accuracies(path, settings))
+    for own in runs_of(args):
+        if str(own.seed) not in accuracies:
+            print(f"seed {own.seed}")
+            seed_everything(own.seed)
+            accuracies[str(own.seed)] = list(finetune(own, device))
+        done = [accuracies[str(seed)] for seed in args.seeds if str(seed) in accuracies]
+        summary = {
+            split: {
+                "mean": statistics.fmean(values),
+                "standard deviation": statistics.stdev(values) if len(values) > 1 else 0.0,
+            }
+            for split, values in zip(("dev", "test"), zip(*done, strict=True), strict=True)
+        }
+        if is_first():
+            with open_atomically(path) as file:
+                json.dump({"settings": settings, "accuracy": accuracies, **summary}, file, indent=2)
+    for split, values in summary.items():
+        mean, deviation = values.values()
+        print(f"{split} acc over {len(done)} seeds :: {mean:.3f} +- {deviation:.3f}")
+    print(f"Wrote the accuracies to {path}.")
+
+
+def seeds_file(args: argparse.Namespace) -> Path:
+    """Where the accuracies of several seeds go."""
+    return Path(args.filepath).with_suffix(".seeds.json")
+
+
+def runs_of(args: argparse.Namespace) -> list[argparse.Namespace]:
+    """The runs that the options ask for: one, or one for each seed, with results of its own."""
+    if not args.seeds:
+        return [args]
+    runs = []
+    for number in args.seeds:
+        own = argparse.Namespace(**vars(args))
+        own.seed = number
+        path = Path(args.filepath)
+        own.filepath = str(path.with_name(f"{path.stem}-seed-{number}{path.suffix}"))
+        for split in ("dev", "test"):
+            ending = f"{split}-finetuning-output.txt"
+            beginning = getattr(args, f"{split}_out").removesuffix(ending)
+            setattr(own, f"{split}_out", f"{beginning}seed-{number}-{ending}")
+        own.resume = args.resume and state_path(own.filepath).exists()
+        runs.append(own)
+    return runs
+
+
+def read_accuracies(path: Path, settings: Mapping[str, str]) -> dict[str, list[float]]:
+    """The accuracies on dev and test by seed that `finetune_seeds` has written.
+
+    Raises:
+        ValueError: the file is none of its, or other settings gave them.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+        accuracies = {
+            str(seed): [float(dev), float(test)]
+            for seed, (dev, test) in content["accuracy"].items()
+        }
+        saved = dict(content["settings"])
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise ValueError(f"{path}: holds no accuracies of several seeds") from None
+    check_settings(saved, settings, path)
+    return accuracies
 
 
 def train(
@@ -586,69 +702,67 @@ def train(
     device: torch.device,
 ) -> None:
     """Train all epochs; the checkpoint of the epoch best on dev stays in `args.filepath`."""
-    loader = train_data.loader(args.batch_size, torch.Generator().manual_seed(args.seed))
-    optimizer = AdamW(model.parameters(), lr=args.lr)
+    shuffle = torch.Generator().manual_seed(args.seed)
+    loader = train_data.loader(args.batch_size, shuffle)
     precision = autocast(device, args.dtype)
-    best_dev_accuracy = -math.inf
-    with open_log(args, Path(args.dev_out).parent) as log:
-        for epoch in range(args.epochs):
-            steps = StepLog(log, optimizer, device, first_step=epoch * len(loader))
-            train_loss = train_epoch(
-                model, loader, optimizer, args.batch_size, device, precision, steps, epoch
-            )
+    optimizer = AdamW(model.parameters(), lr=args.lr)
+    parallel = parallelise(model)
+    with start_run(args, model, optimizer, shuffle, Path(args.dev_out).parent) as run:
+        for epoch in run.epochs():
+            train_loss = train_epoch(args, parallel, loader, run, device, precision)
             train_result = model_eval(train_data.loader(args.batch_size), model, device, precision)
             dev_result = model_eval(dev_data.loader(args.batch_size), model, device, precision)
-            if dev_result.accuracy > best_dev_accuracy:
-                best_dev_accuracy = dev_result.accuracy
+            if run.best is None or dev_result.accuracy > run.best:
+                run.best = dev_result.accuracy
                 save_model(model, args.filepath)
-                with uninterrupted():
-                    log_confusion(log, dev_result, label_names, epoch)
+                log_confusion(run.log, dev_result, label_names, epoch)
             print(
                 f"epoch {epoch}: train loss :: {train_loss:.3f}, "
                 f"train acc :: {train_result.accuracy:.3f}, dev acc :: {dev_result.accuracy:.3f}"
             )
-            with uninterrupted():
-                log_epoch(log, train_result, dev_result, epoch)
+            log_epoch(run.log, train_result, dev_result, epoch)
 
 
 def train_epoch(
-    model: LlamaEmbeddingClassifier,
+    args: argparse.Namespace,
+    model: nn.Module,
     loader: "DataLoader[Example]",
-    optimizer: AdamW,
-    batch_size: int,
+    run: TrainingRun,
     device: torch.device,
     precision: AbstractContextManager,
-    steps: StepLog,
-    epoch: int,
 ) -> float:
-    """One pass over the training data.
+    """What is left of one pass over the training data.
 
     Returns:
-        The mean loss of an example, in nats.
+        The mean loss of an example over the whole pass, in nats.
     """
-    model.train()
-    examples = cells = real = 0
-    for batch in tqdm(loader, desc=f"train-{epoch}", leave=False):
-        tokens, lengths, labels = (to_device(x, device) for x in batch[:3])
-        optimizer.zero_grad()
+
+    def loss_of(tokens: Tensor, lengths: Tensor, labels: Tensor) -> Tensor:
         with precision:
-            log_probs = model(tokens, lengths)  # (batch, num_labels)
-            # Faithful: divided by the nominal batch size, so a short last batch weighs less.
-            loss = F.nll_loss(log_probs, labels, reduction="sum") / batch_size
-        loss.backward()
-        optimizer.step()
-        examples += len(labels)
-        cells += tokens.numel()
-        real += int(batch.lengths.sum())
-        steps.add(loss, int(batch.lengths.sum()), batch_size)
-    if model.llama.config.causal:
-        print(f"train padding :: {1 - real / cells:.3f}")
-    return steps.loss_sum() / examples
+            return F.nll_loss(model(tokens, lengths), labels, reduction="sum")
+
+    model.train()
+    options = {"desc": f"train-{run.epoch}", "total": len(loader), "initial": run.done}
+    for batch in progress(run.batches(loader), **options):
+        run.optimizer.zero_grad()
+        # Faithful: divided by the nominal batch size, so a short last batch weighs less.
+        divisor = args.batch_size
+        loss = accumulate(loss_of, model, batch[:3], divisor, args.micro_batch_size, device)
+        run.optimizer.step()
+        lines = ", ".join(str(example.line + 1) for example in batch.examples)
+        source = f" in lines {lines} of {args.train}"
+        run.steps.add(loss, divisor, int(batch.lengths.sum()), batch.tokens.numel(), source)
+    dataset = cast(LlamaDataset, loader.dataset)
+    if dataset.by_length:
+        totals = run.steps.totals
+        print(f"train padding :: {1 - totals['tokens'] / totals['cells']:.3f}")
+    return run.steps.loss_sum() / len(dataset)
 
 
 def save_model(model: LlamaEmbeddingClassifier, filepath: str | Path) -> None:
-    """Write a checkpoint that `load_classifier` reads, whole or not at all."""
-    write_checkpoint(filepath, model.to_checkpoint())
+    """Write a checkpoint that `load_classifier` reads, whole or not at all; one process does."""
+    if is_first():
+        write_checkpoint(filepath, model.to_checkpoint())
     print(f"save the model to {filepath}")
 
 
@@ -657,12 +771,47 @@ def test(
     dev_data: LlamaDataset,
     test_data: LlamaDataset,
     device: torch.device,
-) -> None:
-    """Predict dev and test with the best checkpoint of the run."""
-    model = load_classifier(args.filepath).to(device)
+) -> tuple[float, float]:
+    """Predict dev and test with the best checkpoint of the run; returns their accuracies."""
+    model = from_first(lambda: load_classifier(args.filepath)).to(device)
     print(f"load model from {args.filepath}")
     speed_up(args, model.llama, device)
-    predict(args, model, dev_data, test_data, device)
+    return predict(args, model, dev_data, test_data, device)
+
+
+def start_run(
+    args: argparse.Namespace,
+    model: nn.Module,
+    optimizer: AdamW,
+    shuffle: torch.Generator,
+    log_folder: Path,
+) -> TrainingRun:
+    """A new training run, or the interrupted one that `--resume` asks for."""
+    return TrainingRun(
+        model,
+        optimizer,
+        shuffle,
+        args.filepath,
+        settings_of(args),
+        args.epochs,
+        args.save_every,
+        log_folder,
+        args.resume,
+    )
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, str]:
+    """What makes a run what it is: its options, and what the files hold that it reads."""
+    settings = {name: str(value) for name, value in vars(args).items() if name not in NO_SETTINGS}
+    for path in input_files(args):
+        settings[f"SHA-256 of {path}"] = fingerprint(path)
+    return settings
+
+
+def remove_state(args: argparse.Namespace) -> None:
+    """Once a run is complete there is nothing to resume."""
+    if is_first():
+        state_path(args.filepath).unlink(missing_ok=True)
 
 
 def classifier_config(args: argparse.Namespace, label_names: Sequence[str]) -> ClassifierConfig:
@@ -698,21 +847,25 @@ def pretrain(args: argparse.Namespace, device: torch.device) -> None:
     speed_up(args, llama, device)
 
     def keep() -> None:
-        llama.save_pretrained(args.filepath, getattr(torch, args.store_dtype))
+        if is_first():
+            llama.save_pretrained(args.filepath, getattr(torch, args.store_dtype))
         print(f"save the model to {args.filepath}")
 
     print(f"computes in {args.dtype}")
-    with open_log(args, Path(args.filepath).parent) as log:
+    llama.to(device)
+    optimizer = pretraining.make_optimizer(llama)
+    shuffle = torch.Generator().manual_seed(args.seed)
+    with start_run(args, llama, optimizer, shuffle, Path(args.filepath).parent) as run:
         pretraining.train(
-            llama.to(device),
+            llama,
             train_documents,
             dev_documents,
-            pretraining.Schedule(args.epochs, args.batch_size, args.lr),
-            torch.Generator().manual_seed(args.seed),
+            pretraining.Schedule(args.batch_size, args.lr, args.micro_batch_size),
+            run,
             autocast(device, args.dtype),
-            log,
             keep,
         )
+    remove_state(args)
 
 
 def load_documents(paths: Sequence[str], tokenizer: Tokenizer) -> list[Tensor]:
@@ -730,6 +883,8 @@ def load_documents(paths: Sequence[str], tokenizer: Tokenizer) -> list[Tensor]:
 
 def copy_tokenizer(args: argparse.Namespace) -> None:
     """Put the tokenizer beside the checkpoint that it goes with, where `load_model` looks."""
+    if not is_first():
+        return
     target = Path(args.filepath).with_name("tokenizer.model")
     model = Path(args.tokenizer_path).read_bytes()
     if not target.exists():
@@ -743,17 +898,6 @@ def copy_tokenizer(args: argparse.Namespace) -> None:
 
 
 # --------------------------------------------------------------------------------- TensorBoard
-
-
-def open_log(args: argparse.Namespace, folder: Path) -> "SummaryWriter":
-    """A new TensorBoard run in a folder, with the run's settings in it."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    name = f"{Path(args.filepath).stem}-{datetime.now():%Y%m%d-%H%M%S}"
-    log = SummaryWriter(str(folder / name))
-    rows = [[name, f"`{value}`"] for name, value in sorted(vars(args).items())]
-    log.add_text("settings", markdown_table([["setting", "value"], *rows]))
-    return log
 
 
 def log_epoch(log: "SummaryWriter", train: Evaluation, dev: Evaluation, epoch: int) -> None:
@@ -774,14 +918,6 @@ def log_confusion(
     log.add_text("dev confusion (best epoch)", f"epoch {epoch}\n\n{table}", epoch)
 
 
-def markdown_table(rows: Sequence[Sequence[object]]) -> str:
-    """Rows as a Markdown table; the first one is the head."""
-    lines = [
-        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows
-    ]
-    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
-
-
 # -------------------------------------------------------------------------------- command line
 
 
@@ -791,6 +927,14 @@ def seed(text: str) -> int:
     if not 0 <= value < 2**32:
         raise argparse.ArgumentTypeError(f"{value} is not in 0 to 2^32 - 1")
     return value
+
+
+def seeds(text: str) -> list[int]:
+    """Argument type: several different seeds with commas between them."""
+    values = [seed(part) for part in text.split(",")]
+    if len(values) < 2 or len(set(values)) < len(values):
+        raise argparse.ArgumentTypeError(f"{text} is not two or more different seeds")
+    return values
 
 
 def at_least_zero(text: str) -> float:
@@ -839,6 +983,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--option", choices=TASKS, default="generate", help="the task (default: %(default)s)")
     add("--seed", type=seed, default=1337, help="of all randomness (default: %(default)s)")
     add("--use_gpu", action="store_true", help="run on CUDA; an error where there is none")
+    add(
+        "--deterministic",
+        action="store_true",
+        help="the same numbers in every run on one machine, also on CUDA, where that costs time",
+    )
 
     model = parser.add_argument_group("model")
     add = model.add_argument
@@ -947,6 +1096,22 @@ def build_parser() -> argparse.ArgumentParser:
         help="the best classifier (default: output/task_3/<dataset>-finetune-<epochs>-<lr>.pt) or "
         "language model (default: output/pretrain/<dataset>-<epochs>-<lr>/model.pt)",
     )
+    add(
+        "--micro_batch_size",
+        type=at_least_one,
+        help="compute so many rows of a batch at a time, to need less memory (default: all)",
+    )
+    add(
+        "--save_every",
+        type=at_least_one,
+        help="steps between two states to resume from (default: one state each epoch)",
+    )
+    add("--resume", action="store_true", help="go on with the interrupted run of this --filepath")
+    add(
+        "--seeds",
+        type=seeds,
+        help="finetune with each of these seeds, as in 1,2,3; writes mean and standard deviation",
+    )
 
     shape = parser.add_argument_group(
         "pretrain", "With any of the first four: from scratch; without: on from the checkpoint."
@@ -986,10 +1151,9 @@ def get_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         words.append(known.get(flag.replace("_", "-"), flag) + equals + value)
     args = parser.parse_args(words)
 
-    for option, names in OWN_FLAGS.items():
-        for name in names:
-            if args.option != option and getattr(args, name) != parser.get_default(name):
-                raise ValueError(f"--{name} is for --option {option} only")
+    for name, options in OWN_FLAGS.items():
+        if args.option not in options and getattr(args, name) != parser.get_default(name):
+            raise ValueError(f"--{name} is for --option {', '.join(options)} only")
     if args.compile and args.option == "generate":
         raise ValueError("--compile is not for --option generate")
     if args.quantize and args.dtype == "float32":
@@ -1134,47 +1298,67 @@ def check_pretraining(args: argparse.Namespace) -> None:
                 )
 
 
+def input_files(args: argparse.Namespace) -> list[str]:
+    """The files that a run reads."""
+    inputs = [args.pretrained_model_path, args.tokenizer_path]
+    if args.option == "pretrain":
+        inputs += [*args.train, *args.dev]
+    elif args.option != "generate":
+        inputs += [args.label_names, args.dev, args.test]
+    if args.option == "finetune":
+        inputs.append(args.train)
+    return list(filter(None, inputs))
+
+
 def check_files(args: argparse.Namespace) -> None:
     """Find out before any work whether all inputs are there and all outputs can be written.
 
     Raises:
         FileNotFoundError, ValueError, OSError: the first that is not or cannot.
     """
-    inputs = [args.pretrained_model_path, args.tokenizer_path]
-    outputs = list(args.outfiles.values())
-    if args.option == "pretrain":
-        inputs += [*args.train, *args.dev]
-        outputs = [args.filepath]
-    elif args.option != "generate":
-        inputs += [args.label_names, args.dev, args.test]
-        outputs = [args.dev_out, args.test_out]
-    if args.option == "finetune":
-        inputs.append(args.train)
-        outputs.append(args.filepath)
-    for path in filter(None, inputs):
+    for path in input_files(args):
         check_readable(path)
-    for path in outputs:
+    outputs = list(args.outfiles.values()) if args.option == "generate" else []
+    if args.option in ("prompt", "finetune"):
+        outputs += [args.dev_out, args.test_out]
+    if args.option in ("finetune", "pretrain"):
+        outputs.append(args.filepath)
+        for state in [state_path(own.filepath) for own in runs_of(args)]:
+            if state.exists() and not args.resume:
+                raise ValueError(
+                    f"{state}: holds a run that was interrupted; go on with it by --resume, or "
+                    "delete the file to begin anew"
+                )
+    for path in outputs if is_first() else ():
         check_writable(path)
 
 
 def run(args: argparse.Namespace) -> None:
     """Do the task that `args` ask for."""
     device = resolve_device(args.use_gpu)
+    if args.deterministic:
+        compute_deterministically()
+    start_processes(args.use_gpu)
+    if args.option == "generate" and world_size() > 1:
+        raise ValueError("--option generate runs in one process; start it without torchrun")
     if args.dtype is None:
         half = args.quantize or (args.option == "pretrain" and has_bfloat16(device))
         args.dtype = "bfloat16" if half else "float32"
     check_files(args)
-    for note in args.notes:
+    for note in args.notes if is_first() else ():
         print(f"run_llama.py: note: {note}", file=sys.stderr)
     seed_everything(args.seed)
     if args.option == "generate":
         generate(args, device)
     elif args.option == "prompt":
         test_with_prompting(args, device)
-    elif args.option == "finetune":
-        finetune(args, device)
-    else:
+    elif args.option == "pretrain":
         pretrain(args, device)
+    elif args.seeds:
+        finetune_seeds(args, device)
+    else:
+        finetune(args, device)
+    end_processes()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -1183,15 +1367,52 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Line by line, so that a log file shows a run's progress; and a text that the terminal
         # cannot show is shown escaped.
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    try:
-        run(get_args(argv))
-    except (ValueError, OSError) as error:
-        print(f"run_llama.py: error: {describe_error(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("run_llama.py: interrupted", file=sys.stderr)
-        return 130
+    args = None
+    with signals_raise():
+        try:
+            args = get_args(argv)
+            run(args)
+        except Interrupted as signal:
+            say("interrupted" + how_to_resume(args))
+            return 128 + signal.number
+        except (ValueError, OSError) as error:
+            say(f"error: {describe_error(error)}")
+            return 2
+        except Exception as error:
+            if is_out_of_memory(error):
+                say(f"error: {advise_on_memory(args)}")
+                return 2
+            if is_lost_process(error):
+                say(f"error: lost another process: {describe_error(error)}")
+                return 1
+            raise
     return 0
+
+
+def say(message: str) -> None:
+    """A line on standard error."""
+    which = f" (process {rank()} of {world_size()})" if world_size() > 1 else ""
+    print(f"run_llama.py: {message}{which}", file=sys.stderr)
+
+
+def how_to_resume(args: argparse.Namespace | None) -> str:
+    """What to add to the news of an interruption."""
+    trains = args is not None and args.option in ("finetune", "pretrain")
+    if args is None or not trains:
+        return ""
+    files = [state_path(own.filepath) for own in runs_of(args)]
+    if args.seeds:
+        files.append(seeds_file(args))
+    if not any(path.exists() for path in files):
+        return ""
+    return "; the same command with --resume goes on where it stopped"
+
+
+def advise_on_memory(args: argparse.Namespace | None) -> str:
+    """What to do about too little memory."""
+    if args is not None and args.option in ("finetune", "pretrain"):
+        return "out of memory; compute fewer rows at a time: --micro_batch_size"
+    return "out of memory; try a smaller --batch_size"
 
 
 if __name__ == "__main__":

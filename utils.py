@@ -1,25 +1,19 @@
-"""Small things that need no model: seeding, devices, files, errors, padding, scores, logs."""
+"""Small things that need no model: seeding, devices, files, errors, padding, scores."""
 
 import argparse
-import math
+import glob
+import hashlib
 import os
 import random
 import re
-import signal
-import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
-
-if TYPE_CHECKING:  # imported where it is used: it takes a second
-    from torch.utils.tensorboard import SummaryWriter
 
 LARGEST_INT = 2**31 - 1  # of an argument; beyond it, tensors cannot take it
 SEPARATOR = " ||| "  # between label and sentence
@@ -66,17 +60,39 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def compute_deterministically() -> None:
+    """Let only operations run whose results are the same in every run on one machine."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+    torch.use_deterministic_algorithms(True)
+
+
 def resolve_device(use_gpu: bool) -> torch.device:
-    """The device of a run.
+    """The device of a run; of several processes on one machine each has its own GPU.
 
     Raises:
-        ValueError: a GPU is asked for and PyTorch sees none.
+        ValueError: a GPU is asked for and PyTorch sees none, or fewer than there are processes.
     """
-    if use_gpu and not torch.cuda.is_available():
+    if not use_gpu:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
         raise ValueError(
             "--use_gpu: PyTorch finds no CUDA device; leave the flag out to use the CPU"
         )
-    return torch.device("cuda" if use_gpu else "cpu")
+    number = int(os.environ.get("LOCAL_RANK", 0))
+    if number >= torch.cuda.device_count():
+        raise ValueError(
+            f"--use_gpu: PyTorch finds {torch.cuda.device_count()} CUDA devices on this machine, "
+            "fewer than processes; start fewer (--nproc_per_node)"
+        )
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is no memory left, of a GPU or of the machine."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -112,6 +128,12 @@ def check_readable(path: str | Path) -> None:
         pass
 
 
+def fingerprint(path: str | Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def check_writable(path: str | Path) -> None:
     """Make the folder of a result and raise unless a file can be written there.
 
@@ -132,24 +154,10 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Hold back an interrupt (Ctrl-C) until the block is done.
-
-    TensorBoard's writer hands its events to a thread: an interrupt in the middle of that leaves the
-    thread asleep, and closing the writer waits for it for ever.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # interrupts are the main thread's
-        return
-    held: list[int] = []
-    handler = signal.signal(signal.SIGINT, lambda number, _: held.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if held:
-            signal.raise_signal(signal.SIGINT)
+def remove_leftovers(path: str | Path) -> None:
+    """Delete what a killed process has left beside a file that it was writing."""
+    for leftover in Path(path).parent.glob(f".{glob.escape(Path(path).name)}.*.tmp"):
+        leftover.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -168,8 +176,10 @@ def open_atomically(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except BaseException:
+    except BaseException as error:
         beside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and not error.filename:  # as when the disk is full
+            error.filename = str(path)
         raise
 
 
@@ -248,79 +258,3 @@ def macro_f1(confusion: np.ndarray) -> float:
     if not occurs.any():
         return float("nan")
     return float(np.mean(2 * true_positives[occurs] / occurrences[occurs]))
-
-
-class StepLog:
-    """The curves that have a point per training step, written a few steps at a time.
-
-    Reading a loss waits for the device, so losses are left there until `EVERY` have come together.
-
-    Args:
-        log: where they go.
-        optimizer: whose learning rate is logged.
-        device: where the losses are.
-        first_step: number of the first step.
-
-    Raises:
-        ValueError: by any method: a loss is infinite or NaN.
-    """
-
-    EVERY = 10  # steps
-
-    def __init__(
-        self, log: "SummaryWriter", optimizer: Optimizer, device: torch.device, first_step: int = 0
-    ) -> None:
-        self.log = log
-        self.optimizer = optimizer
-        self.step = first_step
-        self.total = torch.zeros((), dtype=torch.float64, device=device)
-        self.start_window()
-
-    def start_window(self) -> None:
-        """Forget the steps that are written."""
-        self.losses: list[Tensor] = []
-        self.sums: list[Tensor] = []
-        self.rates: list[float] = []
-        self.tokens = 0
-        self.start = time.perf_counter()
-
-    def add(self, loss: Tensor, tokens: int, divisor: int) -> None:
-        """Count a step.
-
-        Args:
-            loss: what was minimised.
-            tokens: that it saw, padding not counted.
-            divisor: by what the sum of its losses was divided.
-        """
-        self.losses.append(loss.detach())
-        self.sums.append(loss.detach().double() * divisor)
-        self.rates.append(self.optimizer.param_groups[0]["lr"])
-        self.tokens += tokens
-        if len(self.losses) == self.EVERY:
-            self.write()
-
-    def write(self) -> None:
-        """Write what has come together."""
-        if not self.losses:
-            return
-        losses = torch.stack(self.losses)
-        self.total += torch.stack(self.sums).sum()
-        values = losses.tolist()  # waits for the device
-        speed = self.tokens / (time.perf_counter() - self.start)
-        for loss, rate in zip(values, self.rates, strict=True):
-            if not math.isfinite(loss):
-                raise ValueError(
-                    f"step {self.step}: the loss is {loss} at a learning rate of {rate:.3g}; "
-                    "try a lower --lr"
-                )
-            with uninterrupted():
-                self.log.add_scalar("step/loss", loss, self.step)
-                self.log.add_scalar("step/learning_rate", rate, self.step)
-                self.log.add_scalar("step/tokens_per_second", speed, self.step)
-            self.step += 1
-        self.start_window()
-
-    def loss_sum(self) -> float:
-        """The sum of all losses, undivided."""
-        self.write()
-        return self.total.item()

@@ -60,7 +60,7 @@ def test_learning_rate_of_short_runs_is_positive(steps: int) -> None:
     assert all(0 < pretraining.learning_rate(step, steps, 1.0) <= 1 for step in range(steps))
 
 
-def test_backward_in_slices_is_the_loss_of_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_in_slices_is_the_loss_of_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slices of three rows, the last one shorter, against one cross-entropy of everything."""
     blocks = torch.randint(0, 320, (2, 8), generator=torch.Generator().manual_seed(0))
     llama = make_llama(causal=True)
@@ -70,8 +70,9 @@ def test_backward_in_slices_is_the_loss_of_all_logits(monkeypatch: pytest.Monkey
     gradients = [parameter.grad for parameter in llama.parameters()]
     llama.zero_grad()
     monkeypatch.setattr(pretraining, "SLICE", 3 * 320)
-    loss = pretraining.backward(llama, blocks, NO_SCOPE)
-    torch.testing.assert_close(loss, expected.detach())
+    loss = pretraining.NextTokenLoss(llama)(blocks) / 14
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), expected.detach())
     for parameter, gradient in zip(llama.parameters(), gradients, strict=True):
         # the order of summation differs
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-5)
