@@ -187,7 +187,7 @@ def parse_weights(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, 
         name = translate_name(given)
         if DERIVED.search(name):
             continue
-        if not _is_plain(tensor):
+        if not is_plain(tensor):
             raise ValueError(f"{path}: {given} is not a tensor of floating-point numbers")
         if name in weights:
             raise ValueError(f"{path}: two tensors are named {name}")
@@ -202,7 +202,7 @@ def parse_weights(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, 
     return state_dict
 
 
-def _is_plain(tensor: object) -> bool:
+def is_plain(tensor: object) -> bool:
     """Whether an entry is an ordinary tensor of floating-point numbers, with its numbers."""
     return (
         isinstance(tensor, Tensor)

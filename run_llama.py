@@ -16,7 +16,6 @@ import json
 import math
 import os
 import reprlib
-import statistics
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
@@ -636,8 +635,8 @@ def finetune_seeds(args: argparse.Namespace, device: torch.device) -> None:
         done = [accuracies[str(seed)] for seed in args.seeds if str(seed) in accuracies]
         summary = {
             split: {
-                "mean": statistics.fmean(values),
-                "standard deviation": statistics.stdev(values) if len(values) > 1 else 0.0,
+                "mean": float(np.mean(values)),
+                "standard deviation": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
             }
             for split, values in zip(("dev", "test"), zip(*done, strict=True), strict=True)
         }
@@ -1373,7 +1372,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             args = get_args(argv)
             run(args)
         except Interrupted as signal:
-            say("interrupted" + how_to_resume(args))
+            if is_first():
+                say("interrupted" + how_to_resume(args))
             return 128 + signal.number
         except (ValueError, OSError) as error:
             say(f"error: {describe_error(error)}")
@@ -1391,8 +1391,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def say(message: str) -> None:
     """A line on standard error."""
-    which = f" (process {rank()} of {world_size()})" if world_size() > 1 else ""
-    print(f"run_llama.py: {message}{which}", file=sys.stderr)
+    which = f"rank {rank()}: " if world_size() > 1 else ""
+    print(f"run_llama.py: {which}{message}", file=sys.stderr)
 
 
 def how_to_resume(args: argparse.Namespace | None) -> str:

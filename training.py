@@ -29,14 +29,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from base_llama import load_safely, write_checkpoint
-from utils import remove_leftovers, to_device
+from base_llama import is_plain, load_safely, write_checkpoint
+from utils import LARGEST_INT, remove_leftovers, to_device
 
 if TYPE_CHECKING:  # imported where it is used: it takes a second
     from torch.utils.tensorboard import SummaryWriter
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-STATE_FORMAT = 1
 
 
 # ----------------------------------------------------------------------------------- processes
@@ -295,7 +294,7 @@ class StepLog:
 
     def start_epoch(self) -> None:
         """Forget the totals of the one before."""
-        self.totals = {"loss": 0.0, "tokens": 0, "cells": 0}
+        self.totals = {"loss": 0.0, "tokens": 0.0, "cells": 0.0}
         self.start_window()
 
     def start_window(self) -> None:
@@ -392,7 +391,8 @@ class TrainingRun:
     run that goes on computes bit by bit what it would have computed.
 
     Args:
-        model, optimizer: what is trained.
+        model: what is trained.
+        optimizer: with the state per parameter of this project's `AdamW`.
         shuffle: source of the data's order.
         filepath: of the run's result; the state is kept beside it.
         settings: names and values of what makes the run what it is; no state of another is taken.
@@ -445,26 +445,48 @@ class TrainingRun:
         """Go on from what `save` has written."""
         try:
             self.epoch, self.done, self.step = (int(state[k]) for k in ("epoch", "done", "step"))
+            places = (self.epoch, self.done, self.step)
+            if not all(0 <= place <= LARGEST_INT for place in places):
+                raise ValueError("no such step")
             self.best = state["best"] if state["best"] is None else float(state["best"])
             if self.best is not None and is_first() and not Path(self.filepath).exists():
                 raise ValueError(f"{self.filepath}, the best epoch's result, is gone")
-            self.totals = {key: 0 + state["totals"][key] for key in ("loss", "tokens", "cells")}
-            self.shuffle.set_state(state["order"])
+            self.totals = {key: float(state["totals"][key]) for key in ("loss", "tokens", "cells")}
+            self.order = state["order"]
+            self.shuffle.set_state(self.order)
             self.restored = dict(enumerate(state["random"])).get(rank())
+            if self.restored:
+                set_random_states(self.restored)
+            if not state["log"].startswith(f"{Path(self.filepath).stem}-"):
+                raise ValueError("no log of this run")
             self.log_folder = self.log_folder.with_name(state["log"])
+            for name, tensor in self.model.state_dict().items():
+                check_fit(state["model"][name], tensor)
             self.model.load_state_dict(state["model"])
-            groups = self.optimizer.state_dict()["param_groups"]  # their values are settings
-            self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
-            for parameter, own in self.optimizer.state.items():
-                shapes = {x.shape for x in own.values() if isinstance(x, Tensor)}
-                if shapes != {parameter.shape}:
-                    raise ValueError("the optimizer's state does not fit the weights")
+            self.restore_optimizer(state["optimizer"])
         except Exception as error:  # anything may be wrong in a file that somebody has changed
             reason = " ".join(str(error).split())
             raise ValueError(f"{self.path}: is no state of this run: {reason}") from None
         if is_first():
             remove_leftovers(self.path)
             remove_leftovers(self.filepath)
+
+    def restore_optimizer(self, states: Mapping[int, Any]) -> None:
+        """Take over steps and moments, by number of the parameter; all else is a setting."""
+        groups = self.optimizer.state_dict()["param_groups"]
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        checked = {}
+        for number, own in states.items():
+            for key in ("exp_avg", "exp_avg_sq"):
+                check_fit(own[key], parameters[number])
+            if type(own["step"]) is not int or not 1 <= own["step"] <= LARGEST_INT:
+                raise ValueError("the optimizer has taken no such step")
+            checked[number] = {
+                "step": own["step"],
+                "exp_avg": own["exp_avg"].contiguous(),  # and so not one number in many places
+                "exp_avg_sq": own["exp_avg_sq"].contiguous(),
+            }
+        self.optimizer.load_state_dict({"state": checked, "param_groups": groups})
 
     def __enter__(self) -> "TrainingRun":
         with ExitStack() as stack:
@@ -528,7 +550,6 @@ class TrainingRun:
         states = gather(self.random or random_states())
         if is_first():
             state = {
-                "format": STATE_FORMAT,
                 "settings": dict(self.settings),
                 "epoch": self.epoch,
                 "done": self.done,
@@ -556,13 +577,17 @@ def read_state(path: Path, settings: Mapping[str, str]) -> dict[str, Any]:
             "the run is complete)"
         )
     state = load_safely(path)
-    if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
-        raise ValueError(f"{path}: is no state of a training run")
-    saved = state.get("settings")
+    saved = state.get("settings") if isinstance(state, dict) else None
     if not isinstance(saved, dict):
         raise ValueError(f"{path}: is no state of a training run")
     check_settings(saved, settings, path)
     return state
+
+
+def check_fit(tensor: object, like: Tensor) -> None:
+    """Raise ValueError unless a tensor of a file can take the place of another."""
+    if not is_plain(tensor) or cast(Tensor, tensor).shape != like.shape:
+        raise ValueError("a tensor is none, or of another shape")
 
 
 def check_settings(saved: Mapping[Any, Any], settings: Mapping[str, str], path: Path) -> None:
@@ -574,7 +599,7 @@ def check_settings(saved: Mapping[Any, Any], settings: Mapping[str, str], path: 
     others = [
         f"{name}={saved.get(name)}, now {settings.get(name)}"
         for name in sorted(saved.keys() | settings.keys(), key=str)
-        if saved.get(name) != settings.get(name)
+        if str(saved.get(name)) != str(settings.get(name))
     ]
     if others:
         raise ValueError(f"--resume: {path} is of a run with other settings: {'; '.join(others)}")

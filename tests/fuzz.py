@@ -10,6 +10,7 @@ after the other, and its parent watches the clock. An input depends on the seed 
 """
 
 import argparse
+import contextlib
 import hashlib
 import importlib
 import io
@@ -43,10 +44,12 @@ import rope
 from base_llama import write_checkpoint
 from classifier import ClassifierConfig, LlamaEmbeddingClassifier, load_classifier
 from llama import load_pretrained
+from optimizer import AdamW
 from run_llama import build_prompt_suffix, create_data, get_args, main, read_label_names
 from tests.conftest import LABEL_NAMES, SENTENCES, make_llama, save_llama
 from tests.test_download import Answers, Step, load_download, make_zip
 from tokenizer import Tokenizer, train_tokenizer
+from training import TrainingRun
 from utils import describe_error, read_documents
 
 TIME = 5.0  # seconds for one input
@@ -450,6 +453,59 @@ def fine_tuned(rng: random.Random) -> Case:
     return Case(run, (path,))
 
 
+def start_run(resume: bool) -> TrainingRun:
+    """A training run in the current folder."""
+    model = torch.nn.Linear(3, 2)
+    optimizer = AdamW(model.parameters())
+    settings, logs = {"lr": "0.001"}, Path("logs")
+    return TrainingRun(
+        model, optimizer, torch.Generator(), "run.pt", settings, 3, None, logs, resume
+    )
+
+
+def training_state(rng: random.Random) -> Case:
+    """An interrupted run's state, gone on from."""
+    whole = SAMPLES.files["run.pt.state"]
+    kind = rng.random()
+    if kind < 0.2:
+        content = mutate(rng, whole)
+    elif kind < 0.4:
+        content = change_members(rng, whole)
+    elif kind < 0.45:
+        content = claim_sizes(rng, whole)
+    elif kind < 0.5:
+        content = other_file(rng)
+    else:
+        content = whole
+        name = rng.choice(list(SAMPLES.state))
+        with suppress(Exception):  # what cannot be saved
+            content = serialise({**SAMPLES.state, name: change(rng, SAMPLES.state[name])})
+    path = put("run.pt.state", content)
+    put("run.pt", b"")
+
+    def run() -> None:
+        going_on = start_run(resume=True)
+        for batch in going_on.batches(torch.ones(9, 1, 3)):
+            going_on.optimizer.zero_grad()
+            going_on.model(batch).sum().backward()
+            going_on.optimizer.step()
+
+    return Case(run, (path,))
+
+
+def change(rng: random.Random, value: Any) -> Any:
+    """Another value, or the same with one of its parts changed."""
+    if isinstance(value, dict) and value and rng.random() < 0.8:
+        key = rng.choice(list(value))
+        return {**value, key: change(rng, value[key])}
+    if isinstance(value, list) and value and rng.random() < 0.8:
+        number = rng.randrange(len(value))
+        return [*value[:number], change(rng, value[number]), *value[number + 1 :]]
+    if isinstance(value, torch.Tensor) and rng.random() < 0.8:
+        return odd_tensor(rng, value)
+    return odd_value(rng)
+
+
 # ----------------------------------------------------------------------------------- tokenizer
 
 
@@ -721,6 +777,7 @@ TARGETS: Targets = {  # with their shares of the inputs
     "label words": (4, label_words),
     "checkpoint": (4, pretrained),
     "classifier": (1, fine_tuned),
+    "training state": (1, training_state),
     "tokenizer file": (3, tokenizer_file),
     "download": (1, download),
     "argument words": (2, argument_words),
@@ -777,6 +834,7 @@ class Samples:
     files: dict[str, bytes]
     checkpoint: dict[str, Any]
     classifier: dict[str, Any]
+    state: dict[str, Any]
     tokenizer: Tokenizer
     server: Answers
     download: Any
@@ -793,6 +851,13 @@ def make_samples(folder: Path) -> None:
     save_llama(llama, folder / "model.pt")
     model = LlamaEmbeddingClassifier(ClassifierConfig(2, "", 0.3, "finetune"), llama)
     write_checkpoint(folder / "classifier.pt", model.to_checkpoint())
+    with tempfile.TemporaryDirectory() as elsewhere, contextlib.chdir(elsewhere):
+        with start_run(resume=False) as run:
+            run.model(torch.ones(1, 3)).sum().backward()
+            run.optimizer.step()
+            run.done = run.step = 1
+            run.save()
+        shutil.copy("run.pt.state", folder)
     (folder / "cfimdb-dev.txt").write_text("\n".join(SENTENCES) + "\n")
     train_tokenizer([folder / "cfimdb-dev.txt"], VOCAB_SIZE, folder / "tokenizer.model")
     for parameter in llama.parameters():
@@ -802,9 +867,9 @@ def make_samples(folder: Path) -> None:
 
 def load_samples(folder: Path) -> Samples:
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    checkpoint, classifier = (
+    checkpoint, classifier, state = (
         torch.load(io.BytesIO(files[name]), weights_only=True)
-        for name in ("model.pt", "classifier.pt")
+        for name in ("model.pt", "classifier.pt", "run.pt.state")
     )
     server = Answers()
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
@@ -817,7 +882,7 @@ def load_samples(folder: Path) -> Samples:
         module.Pinned(sha256, len(ENTIRE), MODEL, server.url, ".hub.part"),
     )
     tokenizer = Tokenizer(None, folder / "tokenizer.model")
-    return Samples(files, checkpoint, classifier, tokenizer, server, module)
+    return Samples(files, checkpoint, classifier, state, tokenizer, server, module)
 
 
 class Guard:

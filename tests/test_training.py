@@ -7,6 +7,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -282,25 +283,25 @@ def damage(state: dict[str, Any], name: str) -> Any:
         optimizer = {key: {**value} for key, value in state["optimizer"].items()}
         optimizer[0]["exp_avg"] = torch.zeros(3)
         return {**state, "optimizer": optimizer}
+    if name == "step":
+        optimizer = {key: {**value, "step": 0} for key, value in state["optimizer"].items()}
+        return {**state, "optimizer": optimizer}
+    if name == "place":
+        return {**state, "done": -1}
+    if name == "log":
+        return {**state, "log": "../../elsewhere"}
+    if name == "states":
+        return {**state, "random": [{**state["random"][0], "torch": torch.zeros(3)}]}
     if name == "random":
         return {**state, "order": torch.zeros(7, dtype=torch.uint8)}
     return {key: value for key, value in state.items() if key != name}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "truncated",
-        "list",
-        "checkpoint",
-        "settings",
-        "shape",
-        "random",
-        "model",
-        "optimizer",
-        "best",
-    ],
-)
+DAMAGES = "truncated list checkpoint settings shape step place log states random model".split()
+DAMAGES += "optimizer best totals".split()
+
+
+@pytest.mark.parametrize("name", DAMAGES)
 def test_a_damaged_state_is_one_line(
     workplace: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
@@ -443,10 +444,10 @@ def test_out_of_memory_is_one_line(
 
 
 def start_torchrun(
-    processes: int, argv: Sequence[str], cwd: Path, script: Path = ROOT / "run_llama.py"
+    processes: int, argv: Sequence[str], cwd: Path, machines: Sequence[str] = ("--standalone",)
 ) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", str(processes), str(script), *argv]
+    command = [sys.executable, "-m", "torch.distributed.run", *machines]
+    command += ["--nproc_per_node", str(processes), str(ROOT / "run_llama.py"), *argv]
     return subprocess.Popen(
         command,
         cwd=cwd,
@@ -508,6 +509,48 @@ def test_several_processes_compute_what_one_does(
     assert curves[0] == pytest.approx(curves[1], abs=1e-5)
 
 
+def start_two_machines(
+    workplace: Path, argv: Sequence[str]
+) -> list[tuple[Path, subprocess.Popen[str]]]:
+    """One process on each of two, which have the inputs but share no folder."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
+    folders = [copy_of(workplace, name) for name in ("one", "two")]
+    return [(folder, start_torchrun(1, argv, folder, flags)) for folder in folders]
+
+
+def test_two_machines(workplace: Path) -> None:
+    """Only the first process's machine has results; it may be either."""
+    assert main(STILL_FINETUNE) == 0
+    machines = start_two_machines(workplace, STILL_FINETUNE)
+    outs = []
+    for _, process in machines:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        outs.append(out)
+    writers = [folder for folder, _ in machines if (folder / "out/a.pt").exists()]
+    assert len(writers) == 1 and sum("dev acc" in out for out in outs) == 1
+    assert_close_results(writers[0], workplace)
+
+
+def test_a_lost_machine_ends_the_other(workplace: Path) -> None:
+    """SIGKILL to all that runs on one of two."""
+    machines = start_two_machines(workplace, [*STILL_FINETUNE, "--epochs", "5000"])
+    logs = [folder / "out/a.pt" for folder, _ in machines]
+    while not any(log.exists() for log in logs):
+        assert all(process.poll() is None for _, process in machines)
+        time.sleep(0.1)
+    (_, survivor), (_, lost) = machines
+    for pid in [*ranks_of(lost), lost.pid]:
+        os.kill(pid, signal.SIGKILL)
+    lost.communicate()
+    _, err = survivor.communicate(timeout=60)
+    assert survivor.returncode != 0
+    assert "error: lost another process: " in err
+
+
 def test_prompt_in_several_processes(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--option", "prompt", "--batch_size", "3"]
     folder = copy_of(workplace, "several")
@@ -549,6 +592,12 @@ def test_another_number_of_processes_resumes(run_forks: RunForks, workplace: Pat
     assert not (folder / "out/a.pt.state").exists()
 
 
+def ranks_of(process: subprocess.Popen[str]) -> list[int]:
+    """Process ids of what torchrun has started."""
+    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(pid) for pid in path.read_text().split()]
+
+
 def test_a_dead_process_ends_the_others(workplace: Path) -> None:
     """SIGKILL to one of three in the middle of training."""
     argv = [*STILL_FINETUNE, "--epochs", "5000"]
@@ -557,10 +606,7 @@ def test_a_dead_process_ends_the_others(workplace: Path) -> None:
     for line in process.stdout:
         if line.startswith("epoch 1"):
             break
-    children = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True
-    )
-    ranks = [int(pid) for pid in children.stdout.split()]
+    ranks = ranks_of(process)
     assert len(ranks) == 3
     os.kill(ranks[1], signal.SIGKILL)
     start = time.perf_counter()
