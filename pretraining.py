@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -102,11 +103,13 @@ class LinearCrossEntropy(torch.autograd.Function):
         """The loss of hidden states (rows, dim), weight (vocab, dim), and targets (rows,)."""
         loss = torch.zeros((), device=hidden.device)
         weight_grad, hidden_grads = torch.zeros_like(weight), []
+        weight = weight.detach().requires_grad_()  # one leaf, which autocast casts once
         for rows, wanted in slices(hidden, targets, len(weight)):
-            leaves = rows.detach().requires_grad_(), weight.detach().requires_grad_()
+            rows = rows.detach().requires_grad_()
             with torch.enable_grad():
-                part = F.cross_entropy(F.linear(*leaves).float(), wanted, reduction="sum")
-            rows_grad, part_grad = torch.autograd.grad(part, leaves)
+                logits = F.linear(rows, weight)  # (rows, vocab)
+                part = F.cross_entropy(logits.float(), wanted, reduction="sum")
+            rows_grad, part_grad = torch.autograd.grad(part, (rows, weight))
             hidden_grads.append(rows_grad)
             weight_grad += part_grad
             loss += part.detach()
@@ -178,6 +181,11 @@ def make_optimizer(llama: Llama) -> AdamW:
     )
 
 
+def name_documents(sources: Tensor) -> str:
+    """Which documents, counted from 1, some blocks are made of; sources (blocks, block + 1)."""
+    return f"documents {', '.join(str(i + 1) for i in sources.unique().tolist())} of --train"
+
+
 def train(
     llama: Llama,
     train_documents: Sequence[Tensor],
@@ -217,10 +225,12 @@ def train(
         start, first_step = time.perf_counter(), run.step
         order = torch.randperm(len(train_documents), generator=run.shuffle).tolist()
         blocks = pack([train_documents[i] for i in order], block)
-        blocks = blocks[torch.randperm(len(blocks), generator=run.shuffle)]
-        batches = run.batches(blocks.split(schedule.batch_size))
+        # Of each token, the document that it is from.
+        sources = pack([torch.full_like(train_documents[i], i) for i in order], block)
+        shuffled = torch.randperm(len(blocks), generator=run.shuffle).split(schedule.batch_size)
         options = {"desc": f"pretrain-{epoch}", "total": steps_per_epoch, "initial": run.done}
-        for batch in progress(batches, **options):
+        for chosen in progress(run.batches(shuffled), **options):
+            batch = blocks[chosen]  # (batch, block + 1)
             tokens = batch[:, 1:].numel()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(run.step, steps, schedule.lr)
@@ -228,7 +238,7 @@ def train(
             loss = accumulate(loss_of, model, [batch], tokens, schedule.micro_batch_size, device)
             torch.nn.utils.clip_grad_norm_(llama.parameters(), MAX_GRAD_NORM)
             optimizer.step()
-            run.steps.add(loss, tokens, tokens, tokens)
+            run.steps.add(loss, tokens, tokens, tokens, partial(name_documents, sources[chosen]))
         train_loss = run.steps.loss_sum() / blocks[:, 1:].numel()
         speed = (run.step - first_step) / steps_per_epoch * blocks[:, 1:].numel()
         speed /= time.perf_counter() - start

@@ -20,6 +20,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -748,14 +749,18 @@ def train_epoch(
         divisor = args.batch_size
         loss = accumulate(loss_of, model, batch[:3], divisor, args.micro_batch_size, device)
         run.optimizer.step()
-        lines = ", ".join(str(example.line + 1) for example in batch.examples)
-        source = f" in lines {lines} of {args.train}"
+        source = partial(name_lines, batch.examples, args.train)
         run.steps.add(loss, divisor, int(batch.lengths.sum()), batch.tokens.numel(), source)
     dataset = cast(LlamaDataset, loader.dataset)
     if dataset.by_length:
         totals = run.steps.totals
         print(f"train padding :: {1 - totals['tokens'] / totals['cells']:.3f}")
     return run.steps.loss_sum() / len(dataset)
+
+
+def name_lines(examples: Sequence[Example], path: str) -> str:
+    """Which lines of a file a batch is made of."""
+    return f"lines {', '.join(str(example.line + 1) for example in examples)} of {path}"
 
 
 def save_model(model: LlamaEmbeddingClassifier, filepath: str | Path) -> None:

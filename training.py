@@ -175,11 +175,12 @@ _received: list[int] = []  # signals that are held back
 
 @contextmanager
 def _handling(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Let SIGINT and SIGTERM call `handler` in the block; signals are the main thread's."""
-    if threading.current_thread() is not threading.main_thread():
+    """Let SIGINT and SIGTERM call `handler` in the block, unless they are ignored."""
+    if threading.current_thread() is not threading.main_thread():  # signals are that thread's
         yield
         return
-    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in heeded}
     try:
         yield
     finally:
@@ -302,11 +303,13 @@ class StepLog:
         self.losses: list[Tensor] = []
         self.divisors: list[int] = []
         self.rates: list[float] = []
-        self.sources: list[str] = []
+        self.sources: list[Callable[[], str]] = []
         self.tokens = 0
         self.start = time.perf_counter()
 
-    def add(self, loss: Tensor, divisor: int, tokens: int, cells: int, source: str = "") -> None:
+    def add(
+        self, loss: Tensor, divisor: int, tokens: int, cells: int, source: Callable[[], str]
+    ) -> None:
         """Count a step.
 
         Args:
@@ -314,7 +317,7 @@ class StepLog:
             divisor: by what the sum of the step's losses was divided.
             tokens: that the step saw, in all processes, padding not counted.
             cells: the same with padding.
-            source: what the batch is, for the message about a loss that is no number.
+            source: says what the batch is made of, should its loss be no number.
         """
         self.losses.append(loss.detach())
         self.divisors.append(divisor)
@@ -338,8 +341,8 @@ class StepLog:
         for i, (loss, rate) in enumerate(zip(values, self.rates, strict=True)):
             if not math.isfinite(loss):
                 raise ValueError(
-                    f"step {self.step}: the loss is {loss} at a learning rate of {rate:.3g}"
-                    f"{self.sources[i]}; try a lower --lr"
+                    f"step {self.step}: the loss is {loss} at a learning rate of {rate:.3g} in "
+                    f"{self.sources[i]()}; try a lower --lr"
                 )
             self.totals["loss"] += loss * self.divisors[i]
             self.log.add_scalar("step/loss", loss, self.step)

@@ -693,11 +693,14 @@ def arguments(rng: random.Random, inputs: Sequence[str], outputs: Sequence[str])
     words |= {"prompt": rng.choice(("A film", "", "-", text(rng))), "quantize": "int8"}
     words |= {"dtype": rng.choice(("bfloat16", "float64")), "dataset": rng.choice(("sst", "x"))}
     words |= {"store_dtype": rng.choice(("bfloat16", "float16", "x")), "y": text(rng)}
+    words |= {"seeds": rng.choice(("1,2", "1", "1,,2")), "save_every": rng.choice(("1", "0"))}
+    words |= {"micro_batch_size": rng.choice(("1", "3", "-1"))}
     files = ["pretrained-model-path", "tokenizer_path", "train", "dev", "test", "label-names"]
     words |= {name: rng.choice(inputs) for name in files}
     files = ["generated_sentence_low_temp_out", "generated_sentence_high_temp_out", "dev_out"]
     words |= {name: rng.choice(outputs) for name in (*files, "test_out", "filepath")}
-    switches = ("causal", "no-causal", "stop_at_eos", "stream", "use_gpu", "caus", "", "compile ")
+    switches = ["causal", "no-causal", "stop_at_eos", "stream", "use_gpu", "caus", "", "compile "]
+    switches += ["resume", "deterministic"]
     argv = []
     if rng.random() < 0.8:
         argv += ["--option", rng.choice(("generate", "prompt", "prompt", "finetune", "pretrain"))]

@@ -70,6 +70,12 @@ def test_loss_in_slices_is_the_loss_of_all_logits(monkeypatch: pytest.MonkeyPatc
     gradients = [parameter.grad for parameter in llama.parameters()]
     llama.zero_grad()
     monkeypatch.setattr(pretraining, "SLICE", 3 * 320)
+    with torch.autocast("cpu", torch.bfloat16):
+        pretraining.NextTokenLoss(llama)(blocks).backward()
+    for parameter, gradient in zip(llama.parameters(), gradients, strict=True):
+        assert parameter.grad is not None and gradient is not None
+        assert (parameter.grad / 14 - gradient).std() < 0.05 * gradient.std()
+    llama.zero_grad()
     loss = pretraining.NextTokenLoss(llama)(blocks) / 14
     loss.backward()
     torch.testing.assert_close(loss.detach(), expected.detach())
@@ -217,11 +223,18 @@ def test_a_loss_of_nan_stops_and_keeps_the_last_good_checkpoint(
     status, _, err = run([*argv, "--lr", "1e30"], capsys)
     assert status == 2
     assert re.fullmatch(
-        r"run_llama\.py: error: step \d+: the loss is (nan|inf) at a learning rate of .*; "
-        r"try a lower --lr\n",
+        r"run_llama\.py: error: step \d+: the loss is (nan|inf) at a learning rate of \S* in "
+        r"documents [1-8](, [1-8])* of --train; try a lower --lr\n",
         err,
     )
     assert Path("lm/model.pt").read_bytes() == good
+
+
+def test_documents_are_named() -> None:
+    """Documents 1 to 3 of four, of which the third reaches into both blocks."""
+    sources = pretraining.pack([torch.full((n,), i) for i, n in enumerate((2, 3, 4, 5))], 6)
+    assert pretraining.name_documents(sources[:1]) == "documents 1, 2, 3 of --train"
+    assert pretraining.name_documents(sources[1:]) == "documents 3, 4 of --train"
 
 
 def test_a_last_step_that_destroys_the_model_is_an_error(

@@ -191,6 +191,22 @@ def test_loss_divides_a_short_last_batch_by_the_nominal_size(workplace: Path) ->
     torch.testing.assert_close(gradients[1], gradients[0] / 4)
 
 
+def test_reported_loss_weighs_each_example_alike(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Batches of 3, 3 and 2: the mean over eight examples, whatever the loss was divided by."""
+    argv = ["--option", "finetune", "--causal", "--batch_size", "3", "--epochs", "1", "--lr", "0"]
+    status, out, _ = run([*argv, "--hidden_dropout_prob", "0"], capsys)
+    assert status == 0
+    model = load_classifier("output/task_3/cfimdb-finetune-1-0.0.pt")
+    tokenizer = Tokenizer()
+    texts = [line.split(" ||| ")[1] for line in SENTENCES]
+    batch = pad_batch([tokenizer.encode(text, bos=True, eos=False) for text in texts], 3)
+    expected = torch.nn.functional.nll_loss(model(*batch), torch.tensor([0, 1] * 4)).item()
+    (reported,) = re.findall(r"train loss :: (\d\.\d{3})", out)
+    assert float(reported) == pytest.approx(expected, abs=6e-4)
+
+
 @pytest.mark.parametrize("flags", [[], ["--causal"]])
 def test_finetune_is_determined_by_the_seed(workplace: Path, flags: list[str]) -> None:
     weights = []

@@ -223,6 +223,17 @@ def test_signals_wait_for_the_end_of_a_block() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_an_ignored_signal_stays_ignored() -> None:
+    """As SIGINT is in a script's background jobs, which a Ctrl-C in the terminal is not for."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with signals_wait():
+            signal.raise_signal(signal.SIGINT)
+            stop_if_asked()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def interrupt(argv: Sequence[str], steps: int) -> int:
     """Run and interrupt after some steps; returns the status."""
 
@@ -571,13 +582,12 @@ def test_generate_is_for_one_process(workplace: Path) -> None:
 
 def test_another_number_of_processes_resumes(run_forks: RunForks, workplace: Path) -> None:
     """One process is interrupted, three go on and are interrupted, two end it."""
-    argv = [*STILL_FINETUNE, "--epochs", "4"]
+    argv = [*STILL_FINETUNE, "--epochs", "30", "--lr", "1e-5"]  # long enough to be interrupted
     assert main(argv) == 0
     folder = copy_of(workplace, "several")
     ((status, _, _),) = run_forks([job(folder, argv, (INT, "step", 2))])
     assert status == 130
     first = load_safely(folder / "out/a.pt.state")
-    # Long enough to be interrupted in the middle.
     process = start_torchrun(3, [*argv, "--resume", "--save_every", "1"], folder)
     while load_safely(folder / "out/a.pt.state")["step"] == first["step"]:
         assert process.poll() is None
