@@ -206,11 +206,13 @@ def signals_wait() -> Iterator[None]:
     Not only steps are to be whole: TensorBoard's writer hands its events to a thread, and an
     exception in the middle of that leaves it asleep, with the writer's end waiting for it for ever.
     """
-    _received.clear()
-    with _handling(lambda number, _: _received.append(number)):
-        yield
-    if _received:
-        raise Interrupted(_received[0])
+    try:
+        with _handling(lambda number, _: _received.append(number)):
+            yield
+        if _received:
+            raise Interrupted(_received[0])
+    finally:
+        _received.clear()
 
 
 def stop_if_asked() -> None:

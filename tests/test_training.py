@@ -223,6 +223,21 @@ def test_signals_wait_for_the_end_of_a_block() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_an_interrupted_run_leaves_no_signal_behind(workplace: Path) -> None:
+    """What comes after it in the same process is not interrupted."""
+    assert interrupt(FINETUNE, 4) == 130
+    assert main(["--option", "prompt"]) == 0
+
+
+def test_a_state_without_its_best_checkpoint(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert interrupt(FINETUNE, 4) == 130
+    Path("out/a.pt").unlink()
+    status, _, err = run([*FINETUNE, "--resume"], capsys)
+    assert status == 2 and "out/a.pt, the best epoch's result, is gone" in err
+
+
 def test_an_ignored_signal_stays_ignored() -> None:
     """As SIGINT is in a script's background jobs, which a Ctrl-C in the terminal is not for."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
