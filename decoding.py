@@ -138,11 +138,8 @@ class DecodingLlama(Llama):
         layers = cast(list[LlamaLayer], list(llama.layers))
         self.blocks = [DecodingLayer(layer, dtype, quantize) for layer in layers]
         gain = llama.norm.weight.detach()
-        head = (
-            DecodingHead(self.embeddings, gain, torch.float32, quantize=False)
-            if exact_head
-            else DecodingHead(self.embeddings, gain, dtype, quantize)
-        )
+        head_dtype = torch.float32 if exact_head else dtype
+        head = DecodingHead(self.embeddings, gain, head_dtype, quantize and not exact_head)
         self.output = head  # type: ignore[assignment]
         cos, sin = rotary_tables(
             config.head_dim, config.max_seq_len, 10000.0, self.embeddings.device

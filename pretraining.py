@@ -22,16 +22,7 @@ from torch import Tensor, nn
 
 from llama import Llama
 from optimizer import AdamW
-from training import (
-    TrainingRun,
-    accumulate,
-    gather,
-    parallelise,
-    progress,
-    rank,
-    stop_if_asked,
-    world_size,
-)
+from training import TrainingRun, accumulate, gather, own_batches, parallelise, progress
 from utils import to_device
 
 WARM_UP = 0.05  # share of the steps in which the learning rate rises to its peak
@@ -152,11 +143,7 @@ def evaluate(
     llama.eval()
     loss = 0.0
     try:
-        for i, batch in enumerate(progress(blocks.split(batch_size), desc="eval")):
-            if i % world_size() == 0:
-                stop_if_asked()
-            if i % world_size() != rank():
-                continue
+        for batch in own_batches(blocks.split(batch_size)):
             batch = to_device(batch, llama.output.weight.device)
             with precision:
                 hidden = llama.compute_hidden(batch[:, :-1]).flatten(0, 1)

@@ -54,13 +54,13 @@ from training import (
     is_first,
     is_lost_process,
     markdown_table,
+    own_batches,
     parallelise,
     progress,
     rank,
     signals_raise,
     start_processes,
     state_path,
-    stop_if_asked,
     world_size,
 )
 from utils import (
@@ -95,18 +95,14 @@ if TYPE_CHECKING:  # imported where it is used: it takes a second
 TASKS = ("generate", "prompt", "finetune", "pretrain")
 DATASETS = ("sst", "cfimdb", "demo")
 SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads")  # flags of a new model
-OWN_FLAGS = {  # flags that some tasks have no use for
-    "temperature": ("generate",),
-    "top_k": ("generate",),
-    "top_p": ("generate",),
-    "num_samples": ("generate",),
-    "stop_at_eos": ("generate",),
-    "stream": ("generate",),
-    "quantize": ("generate",),
+TRAINING_TASKS = ("finetune", "pretrain")
+OWN_FLAGS: dict[str, tuple[str, ...]] = {  # flags that some tasks have no use for
+    **dict.fromkeys(("temperature", "top_k", "top_p", "num_samples"), ("generate",)),
+    **dict.fromkeys(("stop_at_eos", "stream", "quantize"), ("generate",)),
     **dict.fromkeys((*SHAPE, "max_seq_len", "store_dtype"), ("pretrain",)),
+    **dict.fromkeys(("resume", "save_every", "micro_batch_size"), TRAINING_TASKS),
     "seeds": ("finetune",),
-    **dict.fromkeys(("resume", "save_every", "micro_batch_size"), ("finetune", "pretrain")),
-    "deterministic": ("prompt", "finetune", "pretrain"),
+    "deterministic": ("prompt", *TRAINING_TASKS),
 }
 NO_SETTINGS = ("resume", "save_every", "micro_batch_size", "seeds", "notes")  # of a run's result
 CHECKPOINT = "stories42M.pt"
@@ -349,16 +345,10 @@ def model_eval(
     """
     was_training = model.training
     model.eval()
-    examples: list[Example] = []
-    predicted: dict[int, int] = {}  # by line
+    predicted: dict[int, int] = {}  # by line, since batches need not have the file's order
     finite = True
     try:
-        for i, batch in enumerate(progress(dataloader, desc="eval")):
-            if i % world_size() == 0:
-                stop_if_asked()
-            examples += batch.examples
-            if i % world_size() != rank():
-                continue
+        for batch in own_batches(dataloader):
             with precision:
                 scores = model(to_device(batch.tokens, device), to_device(batch.lengths, device))
             finite = finite and bool(scores.isfinite().all())
@@ -373,7 +363,7 @@ def model_eval(
         raise ValueError(
             "the model's scores are infinite or NaN; if it was trained, try a lower --lr"
         )
-    examples.sort(key=lambda example: example.line)  # batches need not have the file's order
+    examples = cast(LlamaDataset, dataloader.dataset).examples
     predictions = [predicted[example.line] for example in examples]
     labels = [example.label for example in examples]
     sentences = [example.sentence for example in examples]
@@ -1325,7 +1315,7 @@ def check_files(args: argparse.Namespace) -> None:
     outputs = list(args.outfiles.values()) if args.option == "generate" else []
     if args.option in ("prompt", "finetune"):
         outputs += [args.dev_out, args.test_out]
-    if args.option in ("finetune", "pretrain"):
+    if args.option in TRAINING_TASKS:
         outputs.append(args.filepath)
         for state in [state_path(own.filepath) for own in runs_of(args)]:
             if state.exists() and not args.resume:
@@ -1340,9 +1330,10 @@ def check_files(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> None:
     """Do the task that `args` ask for."""
     device = resolve_device(args.use_gpu)
+    start_processes(args.use_gpu)
     if args.deterministic:
         compute_deterministically()
-    start_processes(args.use_gpu)
+        print("computes deterministically")
     if args.option == "generate" and world_size() > 1:
         raise ValueError("--option generate runs in one process; start it without torchrun")
     if args.dtype is None:
@@ -1402,8 +1393,7 @@ def say(message: str) -> None:
 
 def how_to_resume(args: argparse.Namespace | None) -> str:
     """What to add to the news of an interruption."""
-    trains = args is not None and args.option in ("finetune", "pretrain")
-    if args is None or not trains:
+    if args is None or args.option not in TRAINING_TASKS:
         return ""
     files = [state_path(own.filepath) for own in runs_of(args)]
     if args.seeds:
@@ -1415,7 +1405,7 @@ def how_to_resume(args: argparse.Namespace | None) -> str:
 
 def advise_on_memory(args: argparse.Namespace | None) -> str:
     """What to do about too little memory."""
-    if args is not None and args.option in ("finetune", "pretrain"):
+    if args is not None and args.option in TRAINING_TASKS:
         return "out of memory; compute fewer rows at a time: --micro_batch_size"
     return "out of memory; try a smaller --batch_size"
 

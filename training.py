@@ -155,6 +155,15 @@ def progress[T](batches: Iterable[T], **options: Any) -> Iterable[T]:
     return tqdm(batches, leave=False, disable=not is_first(), **options)
 
 
+def own_batches[T](batches: Iterable[T]) -> Iterator[T]:
+    """This process's batches of an evaluation; stops between them, if asked."""
+    for i, batch in enumerate(progress(batches, desc="eval")):
+        if i % world_size() == 0:
+            stop_if_asked()
+        if i % world_size() == rank():
+            yield batch
+
+
 # ------------------------------------------------------------------------------------- signals
 
 
@@ -512,7 +521,6 @@ class TrainingRun:
     def epochs(self) -> Iterator[int]:
         """The epochs that are left to do, from the current one on."""
         while self.epoch < self.last_epoch:
-            self.order = self.shuffle.get_state()
             yield self.epoch
             self.epoch, self.done, self.random = self.epoch + 1, 0, None
             self.order = self.shuffle.get_state()

@@ -162,6 +162,16 @@ def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "*")
 
 
+def serve[S: (Server, Answers)](running: S) -> Iterator[S]:
+    """A server while it answers."""
+    thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield running
+    running.closing.set()
+    running.shutdown()
+    thread.join()
+
+
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """A server whose files are the ones to download; `course`, `cmu` and `hub` are places on it."""
@@ -180,12 +190,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
             pinned(hub, len(HUB_CHECKPOINT), "stories42M.pt", hub_url, ".hub.part"),
         )
         monkeypatch.setattr(download, "FILES", files)
-        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        yield running
-        running.closing.set()
-        running.shutdown()
-        thread.join()
+        yield from serve(running)
 
 
 class Result(NamedTuple):
@@ -488,12 +493,7 @@ def answers(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Answers
     monkeypatch.setattr(download, "TIMEOUT", 0.2)
     monkeypatch.setattr(download, "LIMIT", 0.4)
     with Answers() as running:
-        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        yield running
-        running.closing.set()
-        running.shutdown()
-        thread.join()
+        yield from serve(running)
 
 
 def script(*steps: Step, again: Step | None = None) -> Callable[[], Iterator[Step]]:
