@@ -53,6 +53,7 @@ from training import (
     gather,
     is_first,
     is_lost_process,
+    leave,
     markdown_table,
     own_batches,
     parallelise,
@@ -1411,4 +1412,4 @@ def advise_on_memory(args: argparse.Namespace | None) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
