@@ -1,11 +1,13 @@
-"""AdamW: Adam with decoupled weight decay, all parameters at once.
+"""AdamW: Adam with decoupled weight decay.
 
-Kingma & Ba 2015, arXiv:1412.6980: Algorithm 1, with the reordering that closes section 2.
-Loshchilov & Hutter 2019, arXiv:1711.05101, Algorithm 2, for the decay.
+Kingma & Ba 2015, arXiv:1412.6980, Algorithm 1, with the efficient bias correction given at the end
+of section 2.
+Loshchilov & Hutter 2019, arXiv:1711.05101, Algorithm 2, for the weight decay.
 
 Differs from `torch.optim.AdamW` in:
-- eps is added to the root of the uncorrected second moment (the paper's "epsilon hat");
-- the decay follows the update, and so acts on the updated parameter.
+- eps is added to the square root of the second moment before bias correction (the "epsilon hat" of
+  Kingma & Ba);
+- the weight decay is applied after the Adam update, to the updated parameter.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,16 +21,22 @@ from torch.optim import Optimizer
 class AdamW(Optimizer):
     """Adam with the efficient bias correction and decoupled weight decay.
 
+    The `torch._foreach_*` functions update all parameters in a few calls, which is faster than a
+    loop that makes these calls for one parameter after the other. Parameters are grouped by step
+    count, because the bias correction depends on it and a parameter counts only the steps in which
+    it had a gradient.
+
     Args:
-        params: parameters, or groups of them with options of their own.
-        lr: step size, >= 0.
-        betas: decay rates of the two moments, each in [0, 1).
-        eps: added to the root of the second moment, >= 0.
-        weight_decay: share of each parameter, times lr, that every step takes away, >= 0.
-        correct_bias: whether to correct the moments for their start at zero.
+        params: parameters, or parameter groups (dicts) with their own options.
+        lr: learning rate (alpha in the papers), >= 0.
+        betas: decay rates of the first and second moment, each in [0, 1).
+        eps: added to the square root of the second moment, >= 0.
+        weight_decay: lambda in the paper, >= 0; each step multiplies the updated parameter by
+            1 - lr * weight_decay.
+        correct_bias: whether to correct the bias of the moments, which start at zero.
 
     Raises:
-        ValueError: an option is out of its bounds.
+        ValueError: an option is out of bounds.
     """
 
     def __init__(
@@ -42,10 +50,10 @@ class AdamW(Optimizer):
     ) -> None:
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
             if not 0 <= value < float("inf"):
-                raise ValueError(f"{name}={value} is not a number of at least 0")
+                raise ValueError(f"{name}={value} must be finite and >= 0")
         for i, beta in enumerate(betas):
             if not 0 <= beta < 1:
-                raise ValueError(f"betas[{i}]={beta} is not a number in [0, 1)")
+                raise ValueError(f"betas[{i}]={beta} must be in [0, 1)")
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -60,10 +68,10 @@ class AdamW(Optimizer):
         """Update every parameter that has a gradient.
 
         Args:
-            closure: recomputes the loss and its gradients first.
+            closure: called before the update; computes the gradients and returns the loss.
 
         Returns:
-            The closure's loss, or None.
+            The loss that the closure returned, or None if there is no closure.
 
         Raises:
             RuntimeError: a gradient is sparse.
@@ -73,27 +81,31 @@ class AdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            # Parameters that missed some steps have their own count, and so their own correction.
-            by_step: dict[int, list[Tensor]] = {}
+            # A parameter that had no gradient in some steps has a smaller step count.
+            parameters_by_step: dict[int, list[Tensor]] = {}
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
                 if parameter.grad.is_sparse:
-                    raise RuntimeError("AdamW takes no sparse gradients")
+                    raise RuntimeError(
+                        "AdamW does not support sparse gradients; use dense ones, for example "
+                        "nn.Embedding with sparse=False"
+                    )
                 state = self.state[parameter]
                 if not state:
                     state["step"] = 0
                     state["exp_avg"] = torch.zeros_like(parameter)
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
                 state["step"] += 1
-                by_step.setdefault(state["step"], []).append(parameter)
-            for step, parameters in by_step.items():
+                parameters_by_step.setdefault(state["step"], []).append(parameter)
+            for step, parameters in parameters_by_step.items():
                 self._update(parameters, step, group)
         return loss
 
     def _update(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
-        """One step of Algorithm 1 for parameters that all take their step number `step`."""
+        """Do one step of Algorithm 1 for parameters with the same step count `step` (from 1)."""
         beta1, beta2 = group["betas"]
+        # No gradient is None here, since `step` skips such parameters; the `if` is for mypy.
         grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
         exp_avgs = [self.state[parameter]["exp_avg"] for parameter in parameters]
         exp_avg_sqs = [self.state[parameter]["exp_avg_sq"] for parameter in parameters]
@@ -114,6 +126,6 @@ class AdamW(Optimizer):
         torch._foreach_add_(denominators, group["eps"])
         torch._foreach_addcdiv_(parameters, exp_avgs, denominators, -step_size)
 
-        # Decoupled decay: theta_t = theta_t - alpha lambda theta_t
+        # Decoupled weight decay: theta_t <- (1 - alpha lambda) theta_t
         if group["weight_decay"]:
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])

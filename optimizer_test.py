@@ -1,4 +1,4 @@
-"""Checks of optimizer.py: the course's published values and a scalar recurrence in float64.
+"""Check optimizer.py with the course's published values and a scalar recurrence in float64.
 
 Run as `uv run python optimizer_test.py`; pytest collects it too.
 """
@@ -13,13 +13,13 @@ from optimizer import AdamW
 
 
 def test_course_values() -> None:
-    """The values of the course's optimizer_test.npy: 1000 steps on a random linear regression."""
-    inputs = np.random.default_rng(0)
+    """Compare with the course's optimizer_test.npy: 1000 steps of a random linear regression."""
+    rng = np.random.default_rng(0)
     torch.manual_seed(0)
     model = nn.Linear(3, 2, bias=False)
     optimizer = AdamW(model.parameters(), lr=1e-3, weight_decay=1e-4, correct_bias=True)
     for _ in range(1000):
-        x = torch.tensor(inputs.uniform(size=3), dtype=torch.float32)
+        x = torch.tensor(rng.uniform(size=3), dtype=torch.float32)
         target = torch.stack((x[0] + x[1], -x[2]))
         optimizer.zero_grad()
         (target - model(x)).square().sum().backward()
@@ -30,7 +30,7 @@ def test_course_values() -> None:
             [-0.4472450613975525, -0.29512280225753784, -0.27172720432281494],
         ]
     )
-    # the course's own tolerance
+    # tolerance of the course
     torch.testing.assert_close(model.weight.detach(), expected, atol=1e-5, rtol=1e-3)
 
 
@@ -43,7 +43,7 @@ def scalar_recurrence(
     eps: float,
     decay: float,
 ) -> float:
-    """The update of one number, in Python's float64, as the papers write it."""
+    """Update a single number as the papers write it, in Python's float64; return the result."""
     m = v = 0.0
     for t, g in enumerate(grads, start=1):
         m = beta1 * m + (1 - beta1) * g
@@ -55,7 +55,7 @@ def scalar_recurrence(
 
 
 def test_scalar_recurrence() -> None:
-    """200 steps of 15 float64 numbers in two tensors, each against its own recurrence."""
+    """Compare 200 steps of 15 float64 numbers in two tensors with one recurrence per number."""
     rng = np.random.default_rng(1)
     lr, beta1, beta2, eps, decay = 3e-3, 0.85, 0.98, 1e-3, 0.07
     starts = rng.normal(size=15)
@@ -74,14 +74,14 @@ def test_scalar_recurrence() -> None:
         scalar_recurrence(start, column.tolist(), lr, beta1, beta2, eps, decay)
         for start, column in zip(starts, grads.T, strict=True)
     ]
-    # the same arithmetic in another order: only float64 rounding differs
+    # the same arithmetic in another order, so only float64 rounding differs
     torch.testing.assert_close(actual, torch.tensor(expected), rtol=1e-11, atol=1e-12)
 
 
 def main() -> None:
     test_course_values()
     test_scalar_recurrence()
-    print("Optimizer test passed!")
+    print("AdamW matches the course's values and a scalar recurrence.\nOptimizer test passed!")
 
 
 if __name__ == "__main__":

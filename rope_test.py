@@ -1,4 +1,4 @@
-"""Checks of rope.py: the course's published values, an independent oracle, and two properties.
+"""Check rope.py with the course's published values, an independent oracle, and two properties.
 
 Run as `uv run python rope_test.py`; pytest collects it too.
 """
@@ -12,6 +12,7 @@ BATCH, SEQ, N_HEADS, N_KV_HEADS, HEAD_DIM, MAX_SEQ_LEN = 5, 7, 6, 3, 8, 19
 
 
 def random_query_key(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Draw a query (batch, seq, n_heads, head_dim) and a key (batch, seq, n_kv_heads, head_dim)."""
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(BATCH, SEQ, N_HEADS, HEAD_DIM, generator=generator, dtype=dtype)
     key = torch.randn(BATCH, SEQ, N_KV_HEADS, HEAD_DIM, generator=generator, dtype=dtype)
@@ -19,7 +20,10 @@ def random_query_key(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor
 
 
 def complex_oracle(x: Tensor, theta: float = 10000.0) -> Tensor:
-    """Features (2i, 2i+1) as complex numbers, times e^(i m theta^(-2i/d)), in float64."""
+    """Multiply features (2k, 2k+1), as a complex number, by e^(i m theta^(-2k/d)) in float64.
+
+    Here i is the imaginary unit, k the pair, m the position and d the head_dim.
+    """
     pairs = torch.view_as_complex(x.double().reshape(*x.shape[:-1], -1, 2))
     exponents = -2.0 * torch.arange(x.shape[-1] // 2, dtype=torch.float64) / x.shape[-1]
     positions = torch.arange(x.shape[1], dtype=torch.float64)
@@ -29,7 +33,7 @@ def complex_oracle(x: Tensor, theta: float = 10000.0) -> Tensor:
 
 
 def test_course_values() -> None:
-    """The values of the course's rotary_embedding_actual.data, for its constant input."""
+    """Compare with the course's rotary_embedding_actual.data, whose input is constant."""
     query, key = 2 * torch.ones(1, 2, 2, 4), 3 * torch.ones(1, 2, 2, 4)
     query, key = apply_rotary_emb(query, key, head_dim=4, max_seq_len=20)
     expected_query = torch.tensor(
@@ -44,23 +48,23 @@ def test_course_values() -> None:
             [-0.903505802154541, 4.145319938659668, 2.969850540161133, 3.0298495292663574],
         ]
     )
-    for head in range(2):  # both heads hold the same; the course compares with the defaults
+    for head in range(2):  # both heads have the same input; tolerances of the course
         torch.testing.assert_close(query[0, :, head], expected_query, rtol=1e-5, atol=1e-8)
         torch.testing.assert_close(key[0, :, head], expected_key, rtol=1e-5, atol=1e-8)
 
 
 def test_complex_oracle() -> None:
-    """Random asymmetric input against complex multiplication in float64."""
+    """Compare with complex multiplication in float64; all sizes of the random input differ."""
     query, key = random_query_key()
     for theta in (10000.0, 500.0):
         rotated = apply_rotary_emb(query, key, HEAD_DIM, MAX_SEQ_LEN, theta)
         for ours, x in zip(rotated, (query, key), strict=True):
-            # float32 angles of up to 6 radians: a few units in the last place
+            # float32 angles of up to 6 radians have an error of a few units in the last place
             torch.testing.assert_close(ours.double(), complex_oracle(x, theta), rtol=0, atol=3e-6)
 
 
 def test_scores_depend_on_distance_only() -> None:
-    """query_m . key_n is a function of m - n: shifting both leaves it unchanged."""
+    """Check that query_m . key_n depends on m - n only: shifting both does not change it."""
     query, key = random_query_key()
     vectors = [x[:1, :1, :1].expand(1, MAX_SEQ_LEN, 1, HEAD_DIM) for x in (query, key)]
     rotated_query, rotated_key = apply_rotary_emb(vectors[0], vectors[1], HEAD_DIM, MAX_SEQ_LEN)
@@ -68,11 +72,11 @@ def test_scores_depend_on_distance_only() -> None:
     for distance in range(-SEQ, SEQ + 1):
         diagonal = scores.diagonal(distance)
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=0, atol=1e-5)
-    assert scores.std() > 0.1  # and it does depend on the distance
+    assert scores.std() > 0.1  # the scores do depend on the distance
 
 
 def test_norms_are_kept() -> None:
-    """A rotation changes no length, and at position 0 nothing at all."""
+    """Check that rotation keeps the norm of each vector, and changes nothing at position 0."""
     query, key = random_query_key()
     rotated = apply_rotary_emb(query, key, HEAD_DIM, MAX_SEQ_LEN)
     for ours, x in zip(rotated, (query, key), strict=True):
@@ -86,7 +90,10 @@ def main() -> None:
     test_complex_oracle()
     test_scores_depend_on_distance_only()
     test_norms_are_kept()
-    print("Rotary embedding test passed!")
+    print(
+        "Rotary embeddings match the course's values and complex multiplication, keep norms, "
+        "and their scores depend on the distance only.\nRotary embedding test passed!"
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""Checks of the whole model: the course's expected values, and those of two small models.
+"""Check the whole model: compare the outputs of three checkpoints with recorded values.
 
-Run as `uv run python sanity_check.py`; pytest collects it too. The course's values need
-`stories42M.pt` and `sanity_check.data` (`uv run python data/download.py`). The others need nothing:
-a fixture, whose weights come from a formula, and the demo's checkpoint. Their numbers were computed
-in float64 by Hugging Face transformers, with its own attention mask switched off for reference mode
-(`tests/test_sanity_check.py` computes them again).
+Run as `uv run python sanity_check.py`; pytest collects it too.
+
+- `stories42M.pt` is compared with the course's values. This check needs `stories42M.pt` and
+  `sanity_check.data` (`uv run python data/download.py`) and is skipped without them.
+- The other two need no download: a fixture, which is a small model whose weights come from a
+  formula, and the demo's checkpoint. Their expected values were computed in float64 by Hugging Face
+  transformers, for reference mode with its attention mask switched off
+  (`tests/test_sanity_check.py` computes them again).
 """
 
 from pathlib import Path
@@ -22,7 +25,7 @@ CHECKPOINT = ROOT / "stories42M.pt"
 EXPECTED = ROOT / "sanity_check.data"
 DEMO = ROOT / "data" / "demo" / "model.pt"
 
-# What the course's expected values were computed for, padded with zeros.
+# The input for which the course computed its expected values, padded with zeros.
 COURSE_TOKENS = [
     [101, 7592, 2088, 102, 0, 0, 0, 0],
     [101, 7592, 15756, 2897, 2005, 17953, 2361, 102],
@@ -37,8 +40,7 @@ FIXTURE_SHAPE = {
     "max_seq_len": 16,
 }
 FIXTURE_TOKENS = [[1, 17, 42, 5, 3, 3, 3], [1, 17, 8, 33, 60, 29, 11]]
-# By `causal`: the first logits of the last column, and the first hidden features of columns 0 and
-# 3; each for both rows of FIXTURE_TOKENS.
+# [causal][row]: the first four logits of the last position.
 FIXTURE_LOGITS = {
     False: [
         [-0.06994163, 0.01927613, 0.08887733, 0.11090051],
@@ -49,6 +51,7 @@ FIXTURE_LOGITS = {
         [-0.12631614, 0.10798161, 0.05284951, -0.03745925],
     ],
 }
+# [causal][row]: the first four hidden features of position 0, then those of position 3.
 FIXTURE_HIDDEN = {
     False: [
         [
@@ -72,7 +75,7 @@ FIXTURE_HIDDEN = {
     ],
 }
 DEMO_TOKENS = [[1, 17, 2042, 85, 33, 3, 3], [1, 17, 8, 1033, 4060, 299, 11]]
-# Recorded like the fixture's.
+# [causal][row], as FIXTURE_LOGITS.
 DEMO_LOGITS = {
     False: [
         [0.5588716, 2.2933595, 1.0452918, 0.8851208],
@@ -83,6 +86,7 @@ DEMO_LOGITS = {
         [-2.0493637, 1.7816651, -1.5102181, -1.7064882],
     ],
 }
+# [causal][row], as FIXTURE_HIDDEN.
 DEMO_HIDDEN = {
     False: [
         [
@@ -108,13 +112,14 @@ DEMO_HIDDEN = {
 
 
 def fixture_weights(model: Llama) -> dict[str, Tensor]:
-    """Weights of the model's shapes that look random and are the same on every machine."""
+    """Compute weights for the model that look random and are the same on every machine."""
     weights = {}
     for seed, (name, tensor) in enumerate(sorted(model.state_dict().items()), start=1):
         index = torch.arange(1, tensor.numel() + 1)
-        # A quadratic polynomial modulo a prime: whole numbers, so exact everywhere.
+        # A quadratic polynomial modulo a prime: integers, so it is exact on every machine.
         noise = ((index * index * 7919 + index * 10473 * seed) % 65521) / 32760.5 - 1  # in [-1, 1]
-        # Small embeddings let eps weigh in; matrices keep the scale of what they multiply.
+        # Embeddings are small, so that RMSNorm's eps matters; matrices neither shrink nor grow
+        # their input much.
         scale = 0.02 if name in TIED_NAMES else 0.25
         weights[name] = (1 + noise / 4 if tensor.dim() == 1 else scale * noise).view(tensor.shape)
     weights["output.weight"] = weights["tok_embeddings.weight"]
@@ -122,7 +127,7 @@ def fixture_weights(model: Llama) -> dict[str, Tensor]:
 
 
 def fixture_model(causal: bool) -> Llama:
-    """The fixture, in eval mode."""
+    """Build the fixture, in eval mode."""
     with torch.device("meta"):
         model = Llama(LlamaConfig(**FIXTURE_SHAPE, causal=causal))
     load_strictly(model, fixture_weights(model), "fixture")
@@ -130,38 +135,40 @@ def fixture_model(causal: bool) -> Llama:
     return model.eval()
 
 
-def compared(logits: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a model's output what is compared: logits (2, 4), hidden (2, 2, 4)."""
+def excerpt(logits: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the part of a model's output that is compared: logits (2, 4), hidden (2, 2, 4)."""
     return logits[:, -1, :4], hidden[:, [0, 3], :4]
 
 
 @torch.inference_mode()
 def test_fixture() -> None:
-    """Both modes against the recorded numbers."""
+    """Compare the fixture in both modes with the recorded values."""
     for causal in (False, True):
-        logits, hidden = compared(*fixture_model(causal)(torch.tensor(FIXTURE_TOKENS)))
-        # float32 against float64: two layers lose less than 2e-6 of numbers around 1
+        model = fixture_model(causal)
+        logits, hidden = excerpt(*model(torch.tensor(FIXTURE_TOKENS)))
+        # float32 against float64: after two layers, values of about 1 differ by less than 2e-6
         torch.testing.assert_close(hidden, torch.tensor(FIXTURE_HIDDEN[causal]), rtol=0, atol=5e-6)
         torch.testing.assert_close(logits, torch.tensor(FIXTURE_LOGITS[causal]), rtol=0, atol=1e-6)
 
 
 @torch.inference_mode()
 def test_demo() -> None:
-    """The demo's checkpoint, as it is loaded, in both modes against the recorded numbers."""
+    """Load the demo's checkpoint and compare it in both modes with the recorded values."""
     for causal in (False, True):
-        logits, hidden = compared(*load_pretrained(DEMO, causal)(torch.tensor(DEMO_TOKENS)))
-        # float32 against float64: four layers lose less than 5e-6 of numbers of up to 10
+        model = load_pretrained(DEMO, causal)
+        logits, hidden = excerpt(*model(torch.tensor(DEMO_TOKENS)))
+        # float32 against float64: after four layers, values of up to 10 differ by less than 5e-6
         torch.testing.assert_close(hidden, torch.tensor(DEMO_HIDDEN[causal]), rtol=0, atol=2e-5)
         torch.testing.assert_close(logits, torch.tensor(DEMO_LOGITS[causal]), rtol=0, atol=2e-5)
 
 
 def test_course_values() -> None:
-    """stories42M.pt in reference mode against sanity_check.data, with the course's tolerance."""
+    """Compare stories42M.pt in reference mode with sanity_check.data, at the course's tolerance."""
     missing = [path.name for path in (CHECKPOINT, EXPECTED) if not path.exists()]
     if missing:
         raise SkipTest(
-            f"not checked: the course's expected values, for want of {' and '.join(missing)} "
-            "(get them with `uv run python data/download.py`)"
+            f"The course's values were not checked, because files are missing: "
+            f"{', '.join(missing)}. Download them with `uv run python data/download.py`."
         )
     expected = torch.load(EXPECTED, map_location="cpu", weights_only=True)
     with torch.inference_mode():
@@ -172,15 +179,18 @@ def test_course_values() -> None:
 
 def main() -> None:
     test_fixture()
-    print("A small model gives the recorded numbers in both modes.")
+    print("The fixture's outputs match the values of Hugging Face transformers in both modes.")
     test_demo()
-    print("The demo's checkpoint gives the recorded numbers in both modes.")
+    print("The demo's outputs match the values of Hugging Face transformers in both modes.")
     try:
         test_course_values()
-    except SkipTest as reason:
-        print(reason)
+    except SkipTest as skipped:
+        print(skipped)
     else:
-        print("stories42M.pt gives the course's values. Your Llama implementation is correct!")
+        print(
+            "The outputs of stories42M.pt match the course's sanity_check.data. "
+            "Your Llama implementation is correct!"
+        )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Fetch the assignment's files: what is missing, checked, and in place only when it is right.
+"""Fetch the missing files of the assignment; each is checked before it is put in place.
 
-    uv run python data/download.py                    everything
-    uv run python data/download.py data/sst-dev.txt   one file
-    uv run python data/download.py --from DIR_OR_URL  from another place with the same layout
+    uv run python data/download.py                    fetch all files
+    uv run python data/download.py data/sst-dev.txt   fetch one file
+    uv run python data/download.py --from DIR_OR_URL  fetch from another place with the same layout
 
-A file is written to `<name>.part` and takes its name once its size and SHA-256 are those pinned
-below; a download that broke off resumes there. Progress goes to standard error; an error ends the
-program with one line there and exit status 2.
+A file is written to `<name>.part` and renamed to `<name>` when its size and SHA-256 match the
+values pinned below. An interrupted download is resumed from the part file. Progress is printed on
+standard error. An error ends the program with one line on standard error and exit status 2.
 """
 
 import argparse
@@ -37,25 +37,25 @@ COURSE_URL = f"https://raw.githubusercontent.com/neubig/minllama-assignment/{COU
 HUB_COMMIT = "58e1696980dcbdf80b2dfe876819104a174f5e78"
 HUB_URL = f"https://huggingface.co/karpathy/tinyllamas/resolve/{HUB_COMMIT}"
 
-TIMEOUT = 10.0  # seconds without a connection, or without a byte
-LIMIT = 3 * TIMEOUT  # seconds for one step, however slowly bytes drip in
-SLOWEST = 1000  # bytes a second, after the first LIMIT seconds; slower is as good as broken
-TRIES = 5  # connections that one file may take in a run
-CHUNK = 1 << 18  # bytes
+TIMEOUT = 10.0  # seconds to wait for a connection, and for each next byte
+LIMIT = 3 * TIMEOUT  # seconds for one step (connect, or read a chunk), even if bytes keep coming
+MIN_SPEED = 1000  # bytes per second after the first LIMIT seconds; a slower download is stopped
+MAX_CONNECTIONS = 5  # per file and run
+CHUNK_SIZE = 1 << 18  # bytes
 
 
 @dataclass(frozen=True)
-class Pinned:
-    """One content that a file may have, and where it is published."""
+class PinnedFile:
+    """One version of a file, and where it is published."""
 
-    sha256: str | None  # None where none is published
+    sha256: str | None  # None if it is not published
     size: int  # bytes
-    name: str  # below the repository root, and below DIR_OR_URL
+    name: str  # relative to the repository root, and to DIR_OR_URL
     base_url: str = COURSE_URL
-    part: str = ".part"  # ends the name while unfinished; no two contents of a file share one
+    part_suffix: str = ".part"  # of an unfinished file; differs between the versions of a file
 
 
-# SHA-256, bytes, name
+# One file per line: SHA-256, size in bytes, name
 COURSE_FILES = """\
 9e556afd44213b6bd1be2b850ebbbd98f5481437a8021afaf58ee7fb1818d347 499723 tokenizer.model
 34f7c763a3bb025940029bd970594e985bf69b7ed6e693a8f5cccbef0cee55b0 289851 sanity_check.data
@@ -70,14 +70,15 @@ afeac43f5a5fe8758469078418519df4c8503c2e30e2fcf6c61464fce3d44a36 16 data/cfimdb-
 """
 FILES = (
     *(
-        Pinned(sha256, int(size), name)
+        PinnedFile(sha256, int(size), name)
         for sha256, size, name in map(str.split, COURSE_FILES.splitlines())
     ),
-    # The checkpoint is last, so that a missing network shows at a small file; its contents stand
-    # in order of preference. The course's own has no published SHA-256: its exact size and the
-    # CRC-32 that torch.save stores with every member of its zip archive have to do.
-    Pinned(None, 232_324_715, CHECKPOINT, "https://www.cs.cmu.edu/~vijayv"),
-    Pinned(
+    # The checkpoint comes last, so that a missing network is noticed at a small file. Its two
+    # versions are in order of preference. No SHA-256 is published for the first one, the course's:
+    # its exact size and the CRC-32 that torch.save stores with each member of the zip archive have
+    # to suffice.
+    PinnedFile(None, 232_324_715, CHECKPOINT, "https://www.cs.cmu.edu/~vijayv"),
+    PinnedFile(
         "fbe124df8794c2e033432c22b59cff64485455b4644046c52a456d0bbd8859fe",
         166_787_298,
         CHECKPOINT,
@@ -88,15 +89,15 @@ FILES = (
 
 
 class SourceError(Exception):
-    """An address does not give what is expected of it."""
+    """An address cannot be read, or does not have the expected file."""
 
 
-class NotThereError(SourceError):
-    """An address has no such file."""
+class NotFoundError(SourceError):
+    """An address has no file."""
 
 
 def reason_of(error: BaseException) -> str:
-    """What went wrong, in a few words."""
+    """Return in a few words what went wrong."""
     if isinstance(error, HTTPError):
         return str(error)
     if isinstance(error, URLError) and isinstance(error.reason, Exception):
@@ -105,11 +106,12 @@ def reason_of(error: BaseException) -> str:
 
 
 def size_of(path: Path) -> int:
+    """Return the size of a file in bytes, or 0 if it does not exist."""
     return path.stat().st_size if path.exists() else 0
 
 
-def mismatch(path: Path, pinned: Pinned) -> str:
-    """How a file differs from what is pinned; "" when it is right."""
+def mismatch(path: Path, pinned: PinnedFile) -> str:
+    """Describe how a file differs from its pinned version; return "" if it matches."""
     size = path.stat().st_size
     if size != pinned.size:
         return f"expected {pinned.size:,} bytes, found {size:,}"
@@ -118,11 +120,14 @@ def mismatch(path: Path, pinned: Pinned) -> str:
             with zipfile.ZipFile(path) as archive:
                 unpacked = sum(member.file_size for member in archive.infolist())
                 if unpacked > size:  # torch.save does not compress
-                    return f"expected a zip archive of stored members, found {unpacked:,} bytes"
+                    return (
+                        "expected an uncompressed zip archive, "
+                        f"found one that unpacks to {unpacked:,} bytes"
+                    )
                 damaged = archive.testzip()
-        except Exception as error:  # zipfile raises a dozen kinds on a damaged archive
+        except Exception as error:  # a damaged archive can raise about a dozen types of errors
             damaged = reason_of(error)
-        return f"expected a sound zip archive, found it damaged: {damaged}" if damaged else ""
+        return f"expected an intact zip archive, found a damaged one: {damaged}" if damaged else ""
     with open(path, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return "" if sha256 == pinned.sha256 else f"expected SHA-256 {pinned.sha256}, found {sha256}"
@@ -132,8 +137,9 @@ def mismatch(path: Path, pinned: Pinned) -> str:
 def time_limit() -> Iterator[None]:
     """Raise TimeoutError if a step takes more than LIMIT seconds.
 
-    A socket's own timeout begins anew with each byte, and a header of one byte at a time never
-    ends. Without the alarm signal (Windows, other threads) there is no limit but that.
+    A socket's own timeout starts again at every byte, so it never ends a header that arrives one
+    byte at a time. Without the alarm signal (on Windows, or in another thread than the main one)
+    only the socket's timeout applies.
     """
     if not hasattr(signal, "SIGALRM") or current_thread() is not main_thread():
         yield
@@ -142,63 +148,67 @@ def time_limit() -> Iterator[None]:
     def stop(*_: object) -> NoReturn:
         raise TimeoutError("timed out")
 
-    before = signal.signal(signal.SIGALRM, stop)
+    previous_handler = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, LIMIT)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, previous_handler)
 
 
 def open_url(url: str, offset: int = 0) -> tuple[HTTPResponse, int, int | None]:
-    """Open an address at an offset, or at 0 where the server cannot resume.
+    """Open an address at a byte offset, or at 0 if the server cannot resume.
 
-    Returns the body, where in the file it starts, and the size of the whole file if that is told.
-    Raises NotThereError if there is no such file, OSError or HTTPException if it cannot be had, and
-    SourceError if the address, or one that it leads to, cannot be.
+    Returns the response, the offset at which its body starts in the file, and the size of the whole
+    file (None if the server does not send it). Raises NotFoundError if the address has no file,
+    SourceError if the address, or one that it redirects to, is not valid, and OSError or
+    HTTPException if the connection fails.
     """
     headers = {"Range": f"bytes={offset}-"} if offset else {}
     try:
         with time_limit():
             response = urlopen(Request(url, headers=headers), timeout=TIMEOUT)
     except (ValueError, OverflowError) as error:
-        raise SourceError(f"{url}: is or leads to an impossible address: {error}") from error
+        raise SourceError(
+            f"{url}: this address, or one that it redirects to, is not valid: {error}"
+        ) from error
     except URLError as error:
         code = error.code if isinstance(error, HTTPError) else None
-        if code == 416 and offset:  # the file there is shorter than what is here
+        if code == 416 and offset:  # the file there is not longer than our part file
             return open_url(url)
         if code in (404, 410) or isinstance(error.reason, FileNotFoundError):
-            raise NotThereError(f"{url}: {reason_of(error)}") from error
+            raise NotFoundError(f"{url}: {reason_of(error)}") from error
         raise
     if offset and response.status == 206:
-        sent = re.fullmatch(
+        content_range = re.fullmatch(
             r"bytes (\d{1,18})-\d+/(\d{1,18})", response.headers["Content-Range"] or ""
         )
-        if sent and int(sent[1]) == offset:
-            return response, offset, int(sent[2])
+        if content_range and int(content_range[1]) == offset:
+            return response, offset, int(content_range[2])
         response.close()
         return open_url(url)
     length = response.headers["Content-Length"] or ""
     return response, 0, int(length) if re.fullmatch(r"\d{1,18}", length) else None
 
 
-def receive(url: str, pinned: Pinned, part: Path) -> str:
-    """Add what an address gives to the unfinished file; returns why that ended.
+def receive(url: str, pinned: PinnedFile, part: Path) -> str:
+    """Receive the rest of a file into its part file; return why the transfer ended.
 
-    Raises SourceError if another file is there or none, OSError if `part` cannot be written.
+    Raises SourceError if the address has another file or none, OSError if `part` cannot be written.
     """
     try:
         stream, start, size = open_url(url, size_of(part))
     except (OSError, HTTPException) as error:
         return reason_of(error)
     with stream:
-        # A log-in or error page must not replace what came before; most announce another size.
+        # A log-in or error page must not replace the bytes of an earlier run. Most servers send its
+        # size, and it differs from the size of the file.
         is_html = stream.headers.get_content_type() == "text/html"
         if size != pinned.size and (size is not None or is_html):
             found = "an HTML page" if is_html else f"{size:,}"
             raise SourceError(f"{url}: expected {pinned.size:,} bytes, found {found}")
-        left = pinned.size - start + 1  # the one too many shows an endless body
+        left = pinned.size - start + 1  # + 1: a byte more than expected shows a body too long
         with (
             open(part, "ab" if start else "wb") as file,
             tqdm(
@@ -209,13 +219,15 @@ def receive(url: str, pinned: Pinned, part: Path) -> str:
                 unit_scale=True,
             ) as bar,
         ):
-            begin, came = time.monotonic(), 0
-            while left > 0:  # a broken chunk may be longer than what was asked for
-                if came < SLOWEST * (time.monotonic() - begin - LIMIT):
-                    return "too slow"
+            begin, received = time.monotonic(), 0
+            while left > 0:  # may become negative: a broken chunk can be longer than requested
+                elapsed = time.monotonic() - begin
+                least = MIN_SPEED * (elapsed - LIMIT)  # bytes
+                if received < least:
+                    return f"too slow, less than {MIN_SPEED:,} bytes per second"
                 try:
                     with time_limit():
-                        chunk = stream.read1(min(CHUNK, left))
+                        chunk = stream.read1(min(CHUNK_SIZE, left))
                 except (OSError, HTTPException) as error:
                     return reason_of(error)
                 if not chunk:
@@ -223,127 +235,144 @@ def receive(url: str, pinned: Pinned, part: Path) -> str:
                 file.write(chunk)
                 bar.update(len(chunk))
                 left -= len(chunk)
-                came += len(chunk)
+                received += len(chunk)
     return "the connection was closed"
 
 
-def fetch(url: str, pinned: Pinned, target: Path) -> None:
-    """Bring a file from an address to its target, resuming what an earlier run left.
+def fetch(url: str, pinned: PinnedFile, target: Path) -> None:
+    """Fetch a file from an address to its target; resume the part file of an earlier run.
 
-    Raises SourceError if the address does not give this content, OSError if it cannot be written.
+    Raises SourceError if the address does not have this version, OSError if the file cannot be
+    written.
     """
-    part = target.with_name(target.name + pinned.part)
+    part = target.with_name(target.name + pinned.part_suffix)
     if size_of(part) >= pinned.size and mismatch(part, pinned):
-        part.unlink()  # nothing to resume
-    for _ in range(TRIES):
+        part.unlink()  # too long or wrong, so it cannot be resumed
+    for _ in range(MAX_CONNECTIONS):
         before = size_of(part)
         reason = receive(url, pinned, part) if before < pinned.size else ""
-        if not before < size_of(part) < pinned.size:  # no progress, or the end
+        size = size_of(part)
+        if size <= before or size >= pinned.size:  # no progress, or complete
             break
-    size = size_of(part)
     if size < pinned.size:
-        came = f"; {size:,} of {pinned.size:,} bytes are here, run again to resume" if size else ""
-        raise SourceError(f"{url}: {reason}{came}")
-    wrong = mismatch(part, pinned)
-    if wrong:
+        resume_hint = (
+            f"; received {size:,} of {pinned.size:,} bytes, run again to resume" if size else ""
+        )
+        raise SourceError(f"{url}: {reason}{resume_hint}")
+    difference = mismatch(part, pinned)
+    if difference:
         part.unlink()
-        raise SourceError(f"{url}: {wrong}{' or more' if size > pinned.size else ''}")
+        raise SourceError(f"{url}: {difference}{' or more' if size > pinned.size else ''}")
     with open(part, "ab") as file:
-        os.fsync(file.fileno())  # else a power cut could leave the name without the content
+        # Otherwise a power cut after the renaming could leave the file without its content.
+        os.fsync(file.fileno())
     os.replace(part, target)
 
 
-def is_in_place(target: Path, contents: Sequence[Pinned]) -> bool:
-    """Whether a file is there and right; raises ValueError if it is there and wrong."""
+def is_in_place(target: Path, versions: Sequence[PinnedFile]) -> bool:
+    """Return whether a file exists; raise ValueError if it exists but matches no version."""
     if not target.exists():
         return False
-    mismatches = [mismatch(target, pinned) for pinned in contents]
+    mismatches = [mismatch(target, pinned) for pinned in versions]
     if all(mismatches):
         raise ValueError(
-            f"{target}: not the file to fetch: {', or '.join(mismatches)}; "
+            f"{target}: this is not the published file: {', or '.join(mismatches)}; "
             "move or delete it and run again"
         )
     return True
 
 
-def fetch_first(source: str | None, contents: Sequence[Pinned], target: Path) -> None:
-    """Bring the first content of a file that can be had to its target; raises as `fetch` does."""
-    if source and len(contents) > 1:  # one place for all of them: the size tells which is there
+def fetch_first(source: str | None, versions: Sequence[PinnedFile], target: Path) -> None:
+    """Fetch the first version of a file that is available; raise the errors of `fetch`."""
+    # A --from source has only one file under this name; its size tells which version it is.
+    if source and len(versions) > 1:
         size = None
-        with suppress(OSError, HTTPException):  # `fetch` meets these again and reports them
-            stream, _, size = open_url(f"{source}/{contents[0].name}")
+        with suppress(OSError, HTTPException):  # `fetch` gets the same error and reports it
+            stream, _, size = open_url(f"{source}/{versions[0].name}")
             stream.close()
-        contents = [pinned for pinned in contents if pinned.size == size] or contents[:1]
-    *preferred, last = [
-        (f"{source or pinned.base_url}/{pinned.name}", pinned) for pinned in contents
+        versions = [pinned for pinned in versions if pinned.size == size] or versions[:1]
+    *preferred, (last_url, last_version) = [
+        (f"{source or pinned.base_url}/{pinned.name}", pinned) for pinned in versions
     ]
-    for choice in preferred:
+    for url, version in preferred:
         try:
-            return fetch(*choice, target)
+            return fetch(url, version, target)
         except SourceError as error:
-            print(f"download.py: {error}; trying {last[0]}", file=sys.stderr)
-    fetch(*last, target)
+            print(f"download.py: {error}; trying {last_url}", file=sys.stderr)
+    fetch(last_url, last_version, target)
 
 
 def run(names: Sequence[str], source: str | None, root: Path) -> None:
-    """Fetch what is missing below a folder; raises ValueError, SourceError or OSError."""
-    contents_of: dict[str, list[Pinned]] = {}
+    """Fetch the named files (all if there are no names) that are missing in the folder `root`.
+
+    Raises ValueError if an argument or an existing file is wrong, SourceError if a file cannot be
+    fetched, and OSError if it cannot be written.
+    """
+    versions_of: dict[str, list[PinnedFile]] = {}
     for pinned in FILES:
-        contents_of.setdefault(pinned.name, []).append(pinned)
+        versions_of.setdefault(pinned.name, []).append(pinned)
     for name in names:
-        if name not in contents_of:
-            raise ValueError(f"{name}: not one of the files: {', '.join(contents_of)}")
+        if name not in versions_of:
+            raise ValueError(f"{name}: unknown file, expected one of: {', '.join(versions_of)}")
     if source and re.match("https?://", source, re.IGNORECASE):
         source = source.rstrip("/")
     elif source is not None:
         if not (source and Path(source).is_dir()):
             raise ValueError(f"--from {source}: neither a folder nor an http(s) address")
-        source = Path(source).resolve().as_uri()  # so that there is one way to read
+        source = Path(source).resolve().as_uri()  # so that folders are read like addresses
     if root.exists() and not root.is_dir():
         raise ValueError(f"--to {root}: not a folder")
 
-    wanted = list(dict.fromkeys(names or contents_of))
-    missing = [name for name in wanted if not is_in_place(root / name, contents_of[name])]
+    requested = list(dict.fromkeys(names or versions_of))
+    missing = [name for name in requested if not is_in_place(root / name, versions_of[name])]
     fetched = 0
     for name in missing:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         try:
-            fetch_first(source, contents_of[name], root / name)
-            for pinned in contents_of[name]:  # what another content may have left unfinished
-                (root / (name + pinned.part)).unlink(missing_ok=True)
+            fetch_first(source, versions_of[name], root / name)
+            for pinned in versions_of[name]:  # an earlier run may have begun another version
+                (root / (name + pinned.part_suffix)).unlink(missing_ok=True)
             fetched += 1
-        except NotThereError:
-            # the course's repository, whose layout this is, does not hold the checkpoint either
+        except NotFoundError:
+            # A copy of the course's repository has no checkpoint, so this is not an error.
             if not source or names or name != CHECKPOINT:
                 raise
-            get = f"uv run python data/download.py {CHECKPOINT}"
-            print(f"download.py: {source} has no {CHECKPOINT}; get it by: {get}", file=sys.stderr)
-    print(f"{root}: {fetched} fetched, {len(wanted) - len(missing)} already there")
+            command = f"uv run python data/download.py {CHECKPOINT}"
+            print(
+                f"download.py: {source} has no {CHECKPOINT}; to fetch it, run: {command}",
+                file=sys.stderr,
+            )
+    print(f"{root}: {fetched} fetched, {len(requested) - len(missing)} already there")
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose errors are exceptions, for `main` to report in one line."""
+    """An argument parser that raises its errors, so that `main` reports them in one line."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
 
 def get_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line; raise ValueError if it is wrong."""
     parser = OneLineParser(
-        prog="download.py", description="Fetch what is missing of the assignment's files."
+        prog="download.py", description="Fetch the missing files of the assignment."
     )
-    text = "a file to fetch, such as data/sst-dev.txt (default: all)"
+    text = "the file to fetch, for example data/sst-dev.txt (default: all files)"
     parser.add_argument("names", nargs="*", metavar="FILE", help=text)
-    text = "a folder or an http(s) address with the same layout (default: the published ones)"
+    text = (
+        "fetch from this folder or http(s) address, which has the same layout "
+        "(default: the addresses where the files are published)"
+    )
     parser.add_argument("--from", dest="source", metavar="DIR_OR_URL", help=text)
-    text = "the folder to put them in (default: the repository root)"
+    text = "put the files into this folder (default: the repository root)"
     parser.add_argument("--to", type=Path, default=REPOSITORY_ROOT, metavar="DIR", help=text)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that cannot be shown must not end the run
+    """Run the command line; return the exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A folder's name that standard output cannot encode is printed with escapes.
         sys.stdout.reconfigure(errors="backslashreplace")
     args = argparse.Namespace(source=None, to=None)
     try:
@@ -355,7 +384,7 @@ def main(argv: list[str] | None = None) -> int:
     except (SourceError, ValueError, OSError) as error:
         message = str(error)
         if isinstance(error, SourceError) and not args.source:
-            message += "; --from DIR_OR_URL takes the files from another place"
+            message += "; use --from DIR_OR_URL to fetch the files from another place"
         elif isinstance(error, OSError) and error.strerror:
             message = f"{error.filename or args.to}: {error.strerror}"
         print(f"download.py: error: {' '.join(message.split())}", file=sys.stderr)

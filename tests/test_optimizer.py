@@ -1,4 +1,4 @@
-"""AdamW beyond `optimizer_test.py`: torch as an oracle, groups, missing gradients, its state."""
+"""Test AdamW beyond `optimizer_test.py`: against torch, with groups, closures and saved state."""
 
 from typing import Any
 
@@ -10,17 +10,19 @@ from optimizer import AdamW
 
 
 def random_parameters(seed: int = 0) -> list[nn.Parameter]:
+    """Draw three parameters with different shapes."""
     generator = torch.Generator().manual_seed(seed)
     shapes = [(5, 3), (7,), (2, 3, 4)]
     return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
 
 
 def random_grads(seed: int) -> list[Tensor]:
+    """Draw a gradient for each parameter of `random_parameters`."""
     return [parameter.detach() for parameter in random_parameters(seed)]
 
 
-def test_matches_torch_where_both_agree() -> None:
-    """With eps 0 and no decay the two differ in nothing but rounding."""
+def test_matches_torch_with_zero_eps_and_decay() -> None:
+    """Compare with torch.optim.AdamW: with eps 0 and decay 0, only the rounding differs."""
     ours, theirs = random_parameters(), random_parameters()
     optimizers = [
         AdamW(ours, lr=1e-2, eps=0.0),
@@ -35,7 +37,7 @@ def test_matches_torch_where_both_agree() -> None:
         torch.testing.assert_close(our, their, rtol=1e-5, atol=1e-6)
 
 
-def test_parameter_without_gradient_stays_and_keeps_its_own_count() -> None:
+def test_parameter_without_gradient_is_skipped_and_has_its_own_step_count() -> None:
     first, second, third = random_parameters()
     before = second.detach().clone()
     optimizer = AdamW([first, second, third], lr=0.1)
@@ -45,7 +47,7 @@ def test_parameter_without_gradient_stays_and_keeps_its_own_count() -> None:
     second.grad = torch.ones_like(second)
     optimizer.step()
     assert optimizer.state[first]["step"] == 2 and optimizer.state[second]["step"] == 1
-    # its first step is that of a fresh optimizer: lr, in the direction of the gradient
+    # its first step is as with a new optimizer: its size is lr, against the gradient
     torch.testing.assert_close(second.detach(), before - 0.1, rtol=0, atol=1e-4)
 
 
@@ -82,22 +84,25 @@ def test_closure_is_called_with_gradients() -> None:
     assert (parameter < 1).all()
 
 
-def test_state_dict_resumes_bitwise() -> None:
-    straight, resumed = random_parameters(), random_parameters()
-    optimizer = AdamW(straight, lr=0.1)
-    other: AdamW = AdamW(resumed, lr=0.1)
+def test_state_dict_resumes_bit_for_bit() -> None:
+    uninterrupted, resumed = random_parameters(), random_parameters()
+    uninterrupted_optimizer = AdamW(uninterrupted, lr=0.1)
+    resumed_optimizer = AdamW(resumed, lr=0.1)
     for step in range(6):
         if step == 3:
-            state = other.state_dict()
+            state = resumed_optimizer.state_dict()
             assert set(state["state"][0]) == {"step", "exp_avg", "exp_avg_sq"}
-            other = AdamW(resumed, lr=0.5)
-            other.load_state_dict(state)
-        for parameters, opt in ((straight, optimizer), (resumed, other)):
+            resumed_optimizer = AdamW(resumed, lr=0.5)  # the loaded state restores lr=0.1
+            resumed_optimizer.load_state_dict(state)
+        for parameters, optimizer in (
+            (uninterrupted, uninterrupted_optimizer),
+            (resumed, resumed_optimizer),
+        ):
             for parameter, grad in zip(parameters, random_grads(step), strict=True):
                 parameter.grad = grad
-            opt.step()
-    for one, two in zip(straight, resumed, strict=True):
-        assert torch.equal(one, two)
+            optimizer.step()
+    for expected, actual in zip(uninterrupted, resumed, strict=True):
+        assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize(
@@ -105,13 +110,14 @@ def test_state_dict_resumes_bitwise() -> None:
     [{"lr": -1.0}, {"eps": -1e-8}, {"weight_decay": -0.1}, {"betas": (1.0, 0.9)}]
     + [{"betas": (0.9, -0.1)}, {"lr": float("nan")}],
 )
-def test_bad_options_are_errors(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=next(iter(options))):
+def test_invalid_options_raise_value_error(options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(ValueError, match=name):
         AdamW(random_parameters(), **options)
 
 
-def test_sparse_gradients_are_refused() -> None:
+def test_sparse_gradients_raise_runtime_error() -> None:
     embedding = nn.Embedding(5, 3, sparse=True)
     embedding(torch.tensor([1, 2])).sum().backward()
-    with pytest.raises(RuntimeError, match="sparse"):
+    with pytest.raises(RuntimeError, match="does not support sparse gradients"):
         AdamW(embedding.parameters()).step()

@@ -1,6 +1,6 @@
-"""Checks of data/download.py against real servers on 127.0.0.1, good and bad ones.
+"""Test data/download.py with real servers on 127.0.0.1, both correct and broken ones.
 
-The files are small ones made here and stand in for the real ones; no test leaves this machine.
+Small files made here replace the published ones; no test uses the network outside this machine.
 """
 
 import hashlib
@@ -25,22 +25,22 @@ from typing import NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "data" / "download.py"
 
 
 def load_download() -> ModuleType:
-    """The module of data/download.py, which is in no package."""
+    """Load data/download.py as a module; it is not part of a package."""
     spec = importlib.util.spec_from_file_location("download", SCRIPT)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["download"] = module  # where dataclasses look
+    sys.modules["download"] = module  # dataclasses look it up here
     spec.loader.exec_module(module)
     return module
 
 
 def make_zip(content: bytes) -> bytes:
-    """An archive of one stored member, as torch.save would write it."""
+    """Make an archive with one uncompressed member, as torch.save would write it."""
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
         archive.writestr("archive/data/0", content)
@@ -50,32 +50,33 @@ def make_zip(content: bytes) -> bytes:
 download = load_download()
 REAL_FILES = download.FILES
 
-TOKENIZER = random.Random(0).randbytes(700_001)  # some reads, and no whole number of them
+TOKENIZER = random.Random(0).randbytes(700_001)  # several chunks; the last one is not full
 DEV = b"1 ||| fine\n0 ||| dull\n" * 40
 COURSE_CHECKPOINT = make_zip(random.Random(1).randbytes(500_000))
 HUB_CHECKPOINT = random.Random(2).randbytes(400_000)
-ENDLESS = 40_000_000  # bytes; far more than the system buffers between server and client
+ENDLESS = 40_000_000  # bytes; far more than the system's buffers between server and client
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves the files of its server, with ranges, and misbehaves as the server says."""
+    """Sends the files of its server and supports ranges; the server's fields select faults."""
 
     server: "Server"
 
     def log_message(self, format: str, *args: object) -> None:
-        pass
+        """Print nothing."""
 
     def do_GET(self) -> None:
+        """Answer a request."""
         server = self.server
-        wanted = self.headers["Range"]
-        server.requests.append((self.path, wanted))
+        byte_range = self.headers["Range"]
+        server.requests.append((self.path, byte_range))
         body = server.files.get(self.path)
         if body is None:
             return self.send_error(404)
-        start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted else 0
-        if wanted and server.ranges == "refuse":
+        start = int(byte_range.removeprefix("bytes=").removesuffix("-")) if byte_range else 0
+        if byte_range and server.ranges == "refuse":
             return self.send_error(416)
-        if wanted and server.ranges != "ignore":
+        if byte_range and server.ranges != "ignore":
             first = start - 1 if server.ranges == "shift" else start
             self.send_response(206)
             self.send_header("Content-Range", f"bytes {first}-{len(body) - 1}/{len(body)}")
@@ -83,7 +84,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.send_response(200)
         self.send_header("Content-Type", server.content_type)
-        if server.says_length:
+        if server.sends_length:
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if server.cuts:
@@ -91,14 +92,14 @@ class Handler(BaseHTTPRequestHandler):
         for i in range(0, len(body), 100_000):
             try:
                 server.sent += self.wfile.write(body[i : i + 100_000])
-            except OSError:  # the client has had enough
+            except OSError:  # the client closed the connection
                 return
         if server.stalls:
             server.closing.wait()
 
 
 class Server(ThreadingHTTPServer):
-    """Files by path, and a record of what was asked for and sent."""
+    """A server that holds files by path, and records requests and the number of bytes sent."""
 
     daemon_threads = True
 
@@ -115,9 +116,9 @@ class Server(ThreadingHTTPServer):
         self.sent = 0  # bytes of bodies
         self.ranges = "serve"  # or: ignore, refuse, shift
         self.content_type = "application/octet-stream"
-        self.says_length = True
-        self.cuts: list[int] = []  # after how many bytes to close the next connections
-        self.stalls = False  # instead of closing
+        self.sends_length = True
+        self.cuts: list[int] = []  # close each next connection after this many bytes
+        self.stalls = False  # True: keep the connection open instead of closing it
         self.closing = threading.Event()
 
 
@@ -125,11 +126,12 @@ Step = tuple[float, bytes]  # seconds to wait, bytes to send
 
 
 class Connected(socketserver.BaseRequestHandler):
-    """Answers one request with what its server has in store, whatever was asked for."""
+    """Answers one connection with the next script of its server, and ignores the request."""
 
     server: "Answers"
 
     def handle(self) -> None:
+        """Send the steps of the script."""
         with suppress(OSError):
             self.request.settimeout(5)
             self.request.recv(4096)
@@ -140,7 +142,7 @@ class Connected(socketserver.BaseRequestHandler):
 
 
 class Answers(socketserver.ThreadingTCPServer):
-    """A server that sends, whatever is asked for, what its scripts say, byte by byte."""
+    """A server that ignores the requests and sends exactly the bytes of its scripts."""
 
     daemon_threads = True
     block_on_close = False
@@ -152,18 +154,18 @@ class Answers(socketserver.ThreadingTCPServer):
         self.closing = threading.Event()
 
     def steps(self) -> Iterator[Step]:
-        """The next answer; the last one again and again."""
+        """Return the next answer; the last script is used again for all later requests."""
         return (self.scripts.pop(0) if len(self.scripts) > 1 else self.scripts[0])()
 
 
 @pytest.fixture(autouse=True)
 def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A proxy of the machine would stand before 127.0.0.1 too."""
+    """Switch off this machine's proxy, which would be used for 127.0.0.1 too."""
     monkeypatch.setenv("no_proxy", "*")
 
 
 def serve[S: (Server, Answers)](running: S) -> Iterator[S]:
-    """A server while it answers."""
+    """Run a server in a thread during the test, then stop it."""
     thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     yield running
@@ -174,9 +176,9 @@ def serve[S: (Server, Answers)](running: S) -> Iterator[S]:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """A server whose files are the ones to download; `course`, `cmu` and `hub` are places on it."""
+    """Run a server for the files to download; `course`, `cmu` and `hub` are its folders."""
     with Server() as running:
-        pinned = download.Pinned
+        pinned = download.PinnedFile
         dev, tokenizer, hub = (
             hashlib.sha256(body).hexdigest() for body in (DEV, TOKENIZER, HUB_CHECKPOINT)
         )
@@ -194,6 +196,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 class Result(NamedTuple):
+    """Exit status, standard output and standard error of a run."""
+
     status: int
     out: str
     err: str
@@ -204,12 +208,13 @@ Run = Callable[..., Result]
 
 @pytest.fixture
 def target(tmp_path: Path) -> Path:
+    """Return the folder to download into; it does not exist yet."""
     return tmp_path / "target"
 
 
 @pytest.fixture
 def run(target: Path, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs the program with the target folder as `--to`."""
+    """Return a function that runs the program with the target folder as `--to`."""
 
     def run_main(*argv: str) -> Result:
         status = download.main([*argv, "--to", str(target)])
@@ -219,7 +224,7 @@ def run(target: Path, capsys: pytest.CaptureFixture[str]) -> Run:
 
 
 def error_line(result: Result) -> str:
-    """The one line of a failure; progress bars may stand before it."""
+    """Return the line of the only error; progress bars may precede it."""
     assert result.status == 2
     assert "Traceback" not in result.err
     lines = result.err.splitlines()
@@ -229,24 +234,26 @@ def error_line(result: Result) -> str:
 
 
 def names_below(folder: Path) -> set[str]:
+    """Return the relative paths of all files in a folder and its subfolders."""
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
 def put(path: Path, content: bytes) -> Path:
+    """Write a file, and make its folder if necessary; return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
     return path
 
 
 def closed_port() -> int:
-    """A port where nothing listens."""
+    """Return a port on which no program listens."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
     return port
 
 
-# What is fetched
+# Which files are fetched
 
 
 def test_fetches_all_files(server: Server, target: Path, run: Run) -> None:
@@ -259,7 +266,7 @@ def test_fetches_all_files(server: Server, target: Path, run: Run) -> None:
     assert result.out == f"{target}: 3 fetched, 0 already there\n"
 
 
-def test_progress_is_one_line_a_file(server: Server, run: Run) -> None:
+def test_progress_is_one_line_per_file(server: Server, run: Run) -> None:
     lines = run().err.rstrip("\n").split("\n")
     last_states = [line.split("\r")[-1] for line in lines]
     assert [state.split()[0] for state in last_states] == [
@@ -285,16 +292,16 @@ def test_fetches_only_what_is_named(server: Server, target: Path, run: Run) -> N
     assert server.requests == [("/course/data/sst-dev.txt", None)]
 
 
-def test_unknown_name_lists_the_known(server: Server, target: Path, run: Run) -> None:
+def test_unknown_name_error_lists_the_files(server: Server, target: Path, run: Run) -> None:
     line = error_line(run("data/sst-dev.txt", "sst-dev.txt"))
-    assert "sst-dev.txt: not one of the files: data/sst-dev.txt, tokenizer.model" in line
+    assert "sst-dev.txt: unknown file, expected one of: data/sst-dev.txt, tokenizer.model" in line
     assert not target.exists()
 
 
-# Broken-off downloads
+# Interrupted downloads
 
 
-def test_resumes_with_the_missing_bytes_only(server: Server, target: Path, run: Run) -> None:
+def test_resume_requests_only_the_missing_bytes(server: Server, target: Path, run: Run) -> None:
     part = put(target / "tokenizer.model.part", TOKENIZER[:300_000])
     result = run("tokenizer.model")
     assert result.status == 0
@@ -307,17 +314,17 @@ def test_resumes_with_the_missing_bytes_only(server: Server, target: Path, run: 
 
 
 @pytest.mark.parametrize("ranges", ["ignore", "refuse", "shift"])
-def test_starts_again_where_the_server_cannot_resume(
+def test_starts_again_if_the_server_cannot_resume(
     server: Server, target: Path, run: Run, ranges: str
 ) -> None:
-    put(target / "tokenizer.model.part", b"x" * 300_000)  # would spoil the file if it stayed
+    put(target / "tokenizer.model.part", b"x" * 300_000)  # wrong bytes, which must not stay
     server.ranges = ranges
     assert run("tokenizer.model").status == 0
     assert (target / "tokenizer.model").read_bytes() == TOKENIZER
 
 
 @pytest.mark.parametrize("extra", [0, 1])
-def test_discards_a_part_that_is_too_long_or_wrong(
+def test_part_file_that_is_too_long_or_wrong_is_deleted(
     server: Server, target: Path, run: Run, extra: int
 ) -> None:
     put(target / "tokenizer.model.part", b"x" * (len(TOKENIZER) + extra))
@@ -326,11 +333,11 @@ def test_discards_a_part_that_is_too_long_or_wrong(
     assert server.requests == [("/course/tokenizer.model", None)]
 
 
-def test_complete_part_needs_no_request(server: Server, target: Path, run: Run) -> None:
+def test_complete_part_file_needs_no_request(server: Server, target: Path, run: Run) -> None:
     inode = put(target / "tokenizer.model.part", TOKENIZER).stat().st_ino
     assert run("tokenizer.model").status == 0
     assert names_below(target) == {"tokenizer.model"}
-    assert (target / "tokenizer.model").stat().st_ino == inode  # renamed: never half a file there
+    assert (target / "tokenizer.model").stat().st_ino == inode  # renamed, not copied
     assert server.requests == []
 
 
@@ -338,19 +345,18 @@ def test_resumes_within_a_run(server: Server, target: Path, run: Run) -> None:
     server.cuts = [250_000, 250_000]
     assert run("tokenizer.model").status == 0
     assert (target / "tokenizer.model").read_bytes() == TOKENIZER
-    assert [wanted for _, wanted in server.requests] == [None, "bytes=250000-", "bytes=500000-"]
+    byte_ranges = [byte_range for _, byte_range in server.requests]
+    assert byte_ranges == [None, "bytes=250000-", "bytes=500000-"]
 
 
-def test_gives_up_after_some_breaks(server: Server, run: Run) -> None:
+def test_gives_up_after_five_connections(server: Server, run: Run) -> None:
     server.cuts = [10] * 100
     assert "50 of 700,001 bytes" in error_line(run("tokenizer.model"))
     assert len(server.requests) == 5
 
 
-def test_truncated_body_is_completed_by_a_second_run(
-    server: Server, target: Path, run: Run
-) -> None:
-    server.cuts = [400_000, 0]  # the second connection brings nothing: no more tries
+def test_second_run_completes_a_truncated_body(server: Server, target: Path, run: Run) -> None:
+    server.cuts = [400_000, 0]  # the second connection sends no bytes, so there is no third
     line = error_line(run("tokenizer.model"))
     assert "400,000 of 700,001 bytes" in line and "run again to resume" in line
     assert names_below(target) == {"tokenizer.model.part"}
@@ -360,7 +366,7 @@ def test_truncated_body_is_completed_by_a_second_run(
     assert server.requests == [("/course/tokenizer.model", "bytes=400000-")]
 
 
-def test_stalled_connection_ends_and_keeps_what_came(
+def test_stalled_connection_times_out_and_keeps_the_received_bytes(
     server: Server, target: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(download, "TIMEOUT", 0.3)
@@ -371,9 +377,9 @@ def test_stalled_connection_ends_and_keeps_what_came(
     assert (target / "tokenizer.model.part").read_bytes() == TOKENIZER[:123_456]
 
 
-def test_interrupt_says_how_to_resume(server: Server, target: Path) -> None:
-    """Ctrl-C in a real process, in the middle of a body."""
-    server.files["/course/tokenizer.model"] = bytes(499_723)  # the real size
+def test_interruption_message_says_how_to_resume(server: Server, target: Path) -> None:
+    """Send the signal of Ctrl-C to a real process in the middle of a body."""
+    server.files["/course/tokenizer.model"] = bytes(499_723)  # size of the published file
     server.cuts = [200_000]
     server.stalls = True
     argv = ["tokenizer.model", "--from", f"{server.url}/course", "--to", str(target)]
@@ -396,7 +402,7 @@ def test_interrupt_says_how_to_resume(server: Server, target: Path) -> None:
 # Wrong contents
 
 
-def test_wrong_hash_leaves_nothing(server: Server, target: Path, run: Run) -> None:
+def test_file_with_wrong_hash_is_deleted(server: Server, target: Path, run: Run) -> None:
     wrong = b"x" + TOKENIZER[1:]
     server.files["/course/tokenizer.model"] = wrong
     line = error_line(run("tokenizer.model"))
@@ -405,37 +411,37 @@ def test_wrong_hash_leaves_nothing(server: Server, target: Path, run: Run) -> No
     assert names_below(target) == set()
 
 
-@pytest.mark.parametrize("says_length", [True, False])
-def test_larger_body_leaves_nothing(
-    server: Server, target: Path, run: Run, says_length: bool
+@pytest.mark.parametrize("sends_length", [True, False])
+def test_body_that_is_too_long_leaves_no_file(
+    server: Server, target: Path, run: Run, sends_length: bool
 ) -> None:
     server.files["/course/tokenizer.model"] = TOKENIZER + bytes(ENDLESS)
-    server.says_length = says_length
+    server.sends_length = sends_length
     line = error_line(run("tokenizer.model"))
     assert "expected 700,001 bytes, found " in line
     assert names_below(target) == set()
     assert server.sent < ENDLESS
 
 
-@pytest.mark.parametrize("says_length", [True, False])
-def test_html_page_is_refused(server: Server, target: Path, run: Run, says_length: bool) -> None:
-    """A log-in page answers everything with 200; what came before it must survive."""
+@pytest.mark.parametrize("sends_length", [True, False])
+def test_html_page_is_refused(server: Server, target: Path, run: Run, sends_length: bool) -> None:
+    """Answer with a log-in page and status 200; the bytes of an earlier run must be kept."""
     part = put(target / "tokenizer.model.part", TOKENIZER[:300_000])
     server.files["/course/tokenizer.model"] = b"<html>Please log in</html>"
     server.content_type = "text/html; charset=utf-8"
     server.ranges = "ignore"
-    server.says_length = says_length
+    server.sends_length = sends_length
     assert "expected 700,001 bytes, found an HTML page" in error_line(run("tokenizer.model"))
     assert part.read_bytes() == TOKENIZER[:300_000]
     assert names_below(target) == {"tokenizer.model.part"}
 
 
 def test_existing_wrong_file_is_not_overwritten(server: Server, target: Path, run: Run) -> None:
-    mine = put(target / "tokenizer.model", b"mine")
+    existing = put(target / "tokenizer.model", b"mine")
     line = error_line(run())
-    assert str(mine) in line and "expected 700,001 bytes, found 4" in line
+    assert str(existing) in line and "expected 700,001 bytes, found 4" in line
     assert "move or delete it" in line
-    assert mine.read_bytes() == b"mine"
+    assert existing.read_bytes() == b"mine"
     assert server.requests == []
 
 
@@ -444,7 +450,7 @@ def test_existing_file_of_the_right_size_is_hashed(server: Server, target: Path,
     assert "SHA-256" in error_line(run("tokenizer.model"))
 
 
-# Places that do not answer
+# Sources that do not answer
 
 
 def test_missing_file_is_an_error(server: Server, target: Path, run: Run) -> None:
@@ -454,7 +460,7 @@ def test_missing_file_is_an_error(server: Server, target: Path, run: Run) -> Non
     assert names_below(target) == set()
 
 
-def test_no_network_is_one_line_within_seconds(target: Path) -> None:
+def test_no_network_error_is_one_line_within_seconds(target: Path) -> None:
     url = f"http://127.0.0.1:{closed_port()}"
     start = time.monotonic()
     process = subprocess.run(
@@ -465,21 +471,22 @@ def test_no_network_is_one_line_within_seconds(target: Path) -> None:
     )
     assert time.monotonic() - start < 8
     assert process.returncode == 2
-    assert process.stderr == (
-        f"download.py: error: {url}/tokenizer.model: Connection refused\n"  # the first, no other
-    )
+    # the first file's error ends the run
+    assert process.stderr == f"download.py: error: {url}/tokenizer.model: Connection refused\n"
 
 
-def test_no_network_mentions_another_way(
+def test_no_network_error_suggests_another_source(
     server: Server, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = f"http://127.0.0.1:{closed_port()}"
-    files = [download.Pinned(p.sha256, p.size, p.name, url, p.part) for p in download.FILES]
+    files = [
+        download.PinnedFile(p.sha256, p.size, p.name, url, p.part_suffix) for p in download.FILES
+    ]
     monkeypatch.setattr(download, "FILES", files)
     result = run()
     assert result.err == (
         f"download.py: error: {url}/data/sst-dev.txt: Connection refused; "
-        "--from DIR_OR_URL takes the files from another place\n"
+        "use --from DIR_OR_URL to fetch the files from another place\n"
     )
     assert error_line(result)
 
@@ -489,7 +496,7 @@ def test_no_network_mentions_another_way(
 
 @pytest.fixture
 def answers(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Answers]:
-    """A second server, for `--from`, that misbehaves in the bytes that it sends."""
+    """Run a second server, for `--from`, whose answers need not be valid HTTP."""
     monkeypatch.setattr(download, "TIMEOUT", 0.2)
     monkeypatch.setattr(download, "LIMIT", 0.4)
     with Answers() as running:
@@ -497,7 +504,7 @@ def answers(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Answers
 
 
 def script(*steps: Step, again: Step | None = None) -> Callable[[], Iterator[Step]]:
-    """An answer of some steps, the last of them endlessly."""
+    """Make an answer from steps; the step `again`, if given, is repeated without end."""
 
     def answer() -> Iterator[Step]:
         yield from steps
@@ -543,29 +550,32 @@ def test_wrong_chunk_sizes_do_not_fill_the_disk(
 
 
 @pytest.mark.parametrize(
-    "place",
+    "location",
     ["http://127.0.0.1:99999/", "http://[::1", "file:///etc/hostname", f"http://{'a' * 70}"],
 )
-def test_redirection_to_nowhere_names_the_address(
-    answers: Answers, target: Path, run: Run, place: str
+def test_redirect_to_invalid_address_error_names_the_address(
+    answers: Answers, target: Path, run: Run, location: str
 ) -> None:
-    answers.scripts = [script((0, f"HTTP/1.1 302 Found\r\nLocation: {place}\r\n\r\n".encode()))]
+    answers.scripts = [script((0, f"HTTP/1.1 302 Found\r\nLocation: {location}\r\n\r\n".encode()))]
     line = error_line(run("tokenizer.model", "--from", answers.url))
     assert f"{answers.url}/tokenizer.model: " in line and names_below(target) == set()
 
 
-def test_packed_archive_is_no_checkpoint(target: Path) -> None:
-    """A small file that unpacks to gigabytes would keep the check busy for long."""
+def test_compressed_archive_is_not_a_checkpoint(target: Path) -> None:
+    """Reject a compressed archive: a small file that unpacks to gigabytes is slow to check."""
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data/0", bytes(1_000_000))
     path = put(target / "stories42M.pt", stream.getvalue())
-    pinned = download.Pinned(None, path.stat().st_size, "stories42M.pt")
-    assert "stored members, found 1,000,000 bytes" in download.mismatch(path, pinned)
+    pinned = download.PinnedFile(None, path.stat().st_size, "stories42M.pt")
+    assert (
+        "uncompressed zip archive, found one that unpacks to 1,000,000 bytes"
+        in download.mismatch(path, pinned)
+    )
 
 
 @pytest.mark.parametrize("argv", [["--bogus"], ["--from"], ["--from", "http://127.0.0.1:99999"]])
-def test_bad_arguments_are_one_line(target: Path, run: Run, argv: list[str]) -> None:
+def test_wrong_arguments_give_one_line(target: Path, run: Run, argv: list[str]) -> None:
     assert run(*argv).err.count("\n") == 1
     error_line(run(*argv))
 
@@ -574,8 +584,8 @@ def test_bad_arguments_are_one_line(target: Path, run: Run, argv: list[str]) -> 
 
 
 @pytest.fixture(params=["folder", "url"])
-def place(request: pytest.FixtureRequest, server: Server, tmp_path: Path) -> Iterator[str]:
-    """A place with the course's layout, twice: a folder, and an address that ends in a slash."""
+def course_copy(request: pytest.FixtureRequest, server: Server, tmp_path: Path) -> Iterator[str]:
+    """Return a copy of the course's repository: a folder, or an address that ends in a slash."""
     if request.param == "url":
         yield f"{server.url}/course/"
         return
@@ -585,34 +595,36 @@ def place(request: pytest.FixtureRequest, server: Server, tmp_path: Path) -> Ite
     assert server.requests == []
 
 
-def add_file(place: str, server: Server, name: str, content: bytes) -> None:
-    """Add a file to a place of the fixture above."""
-    if place.startswith("http"):
+def add_file(course_copy: str, server: Server, name: str, content: bytes) -> None:
+    """Add a file to the copy of the course's repository."""
+    if course_copy.startswith("http"):
         server.files[f"/course/{name}"] = content
     else:
-        put(Path(place) / name, content)
+        put(Path(course_copy) / name, content)
 
 
-def test_from_without_checkpoint_is_normal(
-    place: str, server: Server, target: Path, run: Run
+def test_from_source_without_checkpoint_is_not_an_error(
+    course_copy: str, server: Server, target: Path, run: Run
 ) -> None:
-    result = run("--from", place)
+    result = run("--from", course_copy)
     assert result.status == 0
     assert (target / "tokenizer.model").read_bytes() == TOKENIZER
     assert (target / "data" / "sst-dev.txt").read_bytes() == DEV
     assert names_below(target) == {"tokenizer.model", "data/sst-dev.txt"}
     last = result.err.splitlines()[-1]
     assert "has no stories42M.pt" in last and last.endswith("data/download.py stories42M.pt")
-    again = run("--from", place)
+    again = run("--from", course_copy)
     assert again.status == 0 and again.err.splitlines() == [last]
 
 
-def test_from_without_named_checkpoint_is_an_error(place: str, target: Path, run: Run) -> None:
-    assert "stories42M.pt: " in error_line(run("--from", place, "stories42M.pt"))
+def test_from_source_without_the_named_checkpoint_is_an_error(
+    course_copy: str, target: Path, run: Run
+) -> None:
+    assert "stories42M.pt: " in error_line(run("--from", course_copy, "stories42M.pt"))
     assert names_below(target) == set()
 
 
-def test_from_without_another_file_is_an_error(
+def test_from_source_without_another_file_is_an_error(
     server: Server, tmp_path: Path, target: Path, run: Run
 ) -> None:
     folder = put(tmp_path / "source" / "tokenizer.model", TOKENIZER).parent
@@ -623,22 +635,22 @@ def test_from_without_another_file_is_an_error(
 
 
 @pytest.mark.parametrize("content", [COURSE_CHECKPOINT, HUB_CHECKPOINT], ids=["course", "hub"])
-def test_from_takes_either_checkpoint(
-    place: str, server: Server, target: Path, run: Run, content: bytes
+def test_from_accepts_both_checkpoints(
+    course_copy: str, server: Server, target: Path, run: Run, content: bytes
 ) -> None:
-    add_file(place, server, "stories42M.pt", content)
-    result = run("--from", place)
+    add_file(course_copy, server, "stories42M.pt", content)
+    result = run("--from", course_copy)
     assert result.status == 0 and "3 fetched" in result.out
     assert (target / "stories42M.pt").read_bytes() == content
-    assert "0 fetched, 3 already there" in run("--from", place).out
+    assert "0 fetched, 3 already there" in run("--from", course_copy).out
 
 
 @pytest.mark.parametrize("content", [b"neither", HUB_CHECKPOINT[:-1] + b"x"], ids=["size", "hash"])
-def test_from_takes_no_other_checkpoint(
-    place: str, server: Server, target: Path, run: Run, content: bytes
+def test_from_rejects_other_checkpoints(
+    course_copy: str, server: Server, target: Path, run: Run, content: bytes
 ) -> None:
-    add_file(place, server, "stories42M.pt", content)
-    assert "stories42M.pt: expected " in error_line(run("--from", place, "stories42M.pt"))
+    add_file(course_copy, server, "stories42M.pt", content)
+    assert "stories42M.pt: expected " in error_line(run("--from", course_copy, "stories42M.pt"))
     assert names_below(target) == set()
 
 
@@ -654,7 +666,9 @@ def test_from_must_be_a_folder_or_an_address(
 
 
 @pytest.mark.parametrize("failure", ["gone", "broken", "other size"])
-def test_hub_stands_in_for_the_course(server: Server, target: Path, run: Run, failure: str) -> None:
+def test_hub_is_used_if_the_course_checkpoint_fails(
+    server: Server, target: Path, run: Run, failure: str
+) -> None:
     if failure == "gone":
         del server.files["/cmu/stories42M.pt"]
     elif failure == "broken":
@@ -672,7 +686,9 @@ def test_hub_stands_in_for_the_course(server: Server, target: Path, run: Run, fa
     assert "0 fetched, 1 already there" in run("stories42M.pt").out
 
 
-def test_unfinished_checkpoints_do_not_mix(server: Server, target: Path, run: Run) -> None:
+def test_part_files_of_the_two_checkpoints_do_not_mix(
+    server: Server, target: Path, run: Run
+) -> None:
     cmu = server.files.pop("/cmu/stories42M.pt")
     server.cuts = [150_000, 0]
     assert "150,000 of 400,000 bytes" in error_line(run("stories42M.pt"))
@@ -688,22 +704,22 @@ def test_unfinished_checkpoints_do_not_mix(server: Server, target: Path, run: Ru
 def test_checkpoint_without_hash_is_checked_by_crc(
     server: Server, target: Path, run: Run, position: int
 ) -> None:
-    """One wrong bit, in the member and in the archive's directory."""
+    """Change one bit, in the archive's member or in its directory."""
     damaged = bytearray(COURSE_CHECKPOINT)
     damaged[position] ^= 1
     server.files["/course/stories42M.pt"] = bytes(damaged)
     line = error_line(run("--from", f"{server.url}/course", "stories42M.pt"))
-    assert "expected a sound zip archive" in line
+    assert "expected an intact zip archive" in line
     assert names_below(target) == set()
-    mine = put(target / "stories42M.pt", bytes(damaged))
+    existing = put(target / "stories42M.pt", bytes(damaged))
     assert "move or delete it" in error_line(run("stories42M.pt"))
-    assert mine.read_bytes() == damaged
+    assert existing.read_bytes() == damaged
 
 
-# Targets
+# Target folders
 
 
-def test_target_that_is_no_folder(server: Server, target: Path, run: Run) -> None:
+def test_target_that_is_not_a_folder(server: Server, target: Path, run: Run) -> None:
     target.write_text("mine")
     assert f"{target}: not a folder" in error_line(run())
     assert target.read_text() == "mine"
@@ -717,21 +733,19 @@ def test_target_that_cannot_be_written(server: Server, target: Path, run: Run) -
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-def test_full_disk_is_no_fault_of_the_source(server: Server, target: Path, run: Run) -> None:
+def test_full_disk_is_not_blamed_on_the_source(server: Server, target: Path, run: Run) -> None:
     target.mkdir()
     (target / "stories42M.pt.part").symlink_to("/dev/full")
     assert error_line(run("stories42M.pt")).endswith(f"{target}: No space left on device")
     assert server.requests == [("/cmu/stories42M.pt", None)]
 
 
-def test_target_is_the_repository_by_default(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_default_target_is_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert load_download().get_args([]).to == ROOT.resolve()
 
 
-def test_help_from_another_folder(tmp_path: Path) -> None:
+def test_help_works_in_another_folder(tmp_path: Path) -> None:
     process = subprocess.run(
         [sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, cwd=tmp_path
     )
@@ -739,10 +753,10 @@ def test_help_from_another_folder(tmp_path: Path) -> None:
     assert all(word in process.stdout for word in ("FILE", "--from DIR_OR_URL", "--to DIR"))
 
 
-# The real table
+# The table of published files
 
 
-def test_table_names_every_file_once() -> None:
+def test_table_lists_every_file() -> None:
     names = [
         f"data/{data}-{split}.txt"
         for data in ("sst", "cfimdb")
@@ -751,14 +765,14 @@ def test_table_names_every_file_once() -> None:
     names += ["data/sst-label-mapping.json", "data/cfimdb-label-mapping.json"]
     names += ["tokenizer.model", "sanity_check.data", "stories42M.pt", "stories42M.pt"]
     assert sorted(pinned.name for pinned in REAL_FILES) == sorted(names)
-    assert len({pinned.name + pinned.part for pinned in REAL_FILES}) == len(REAL_FILES)
+    assert len({pinned.name + pinned.part_suffix for pinned in REAL_FILES}) == len(REAL_FILES)
     for pinned in REAL_FILES:
         assert pinned.base_url.startswith("https://")
         assert pinned.sha256 is None or re.fullmatch("[0-9a-f]{64}", pinned.sha256)
 
 
 @pytest.mark.parametrize("name", dict.fromkeys(pinned.name for pinned in REAL_FILES))
-def test_downloaded_file_is_the_pinned_one(name: str) -> None:
+def test_downloaded_file_matches_the_table(name: str) -> None:
     path = ROOT / name
     if not path.exists():
         pytest.skip(f"{name} is not downloaded: uv run python data/download.py {name}")
