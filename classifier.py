@@ -1,8 +1,8 @@
-"""Two ways to let a Llama judge a sentence: ask it for the label word, or train a head on it.
+"""Two ways to classify a sentence with a Llama: score the label words, or train a linear head.
 
-Both read one column of the model's output for each sentence. In reference mode that is the last
-column of the padded batch, as the assignment has it; in causal mode it is the sentence's own last
-token, which the caller's `lengths` tell.
+Both use the model's output at one position of each sentence. In reference mode that is the last
+column of the padded batch, as the assignment has it. In causal mode it is the sentence's own last
+token, which the argument `lengths` tells.
 """
 
 import reprlib
@@ -22,36 +22,38 @@ from tokenizer import Tokenizer
 
 @dataclass
 class ClassifierConfig:
-    """What the classifiers read of the object that configures them; any with these will do."""
+    """The options that the classifiers need; any object with these attributes works."""
 
     num_labels: int
     pretrained_model_path: str
-    hidden_dropout_prob: float  # in [0, 1); the embedding classifier's
+    hidden_dropout_prob: float  # in [0, 1); used by LlamaEmbeddingClassifier only
     option: str  # "finetune" trains all parameters, anything else only the head
 
 
-def read_out(hidden: Tensor, lengths: Tensor | None, causal: bool) -> Tensor:
-    """The hidden state that stands for each row.
+def pool_last(hidden: Tensor, lengths: Tensor | None, causal: bool) -> Tensor:
+    """Return the hidden state that represents each row.
 
     Args:
         hidden: (batch, seq, dim), rows padded on the right.
-        lengths: (batch,), tokens of each row that are no padding; None: all of them.
-        causal: whether to read each row at its own last token.
+        lengths: (batch,), the number of tokens in each row before padding; None: no padding.
+        causal: whether to take each row's own last token, instead of the last column.
 
     Returns:
         (batch, dim).
     """
     if not causal or lengths is None:
-        # Faithful: without causal mode the last column is read, for most rows a pad.
+        # Faithful: in reference mode the last column is used, which for most rows is padding.
         return hidden[:, -1]
     return hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
 
 
 class LlamaZeroShotClassifier(nn.Module):
-    """Scores each label by how likely its words are as the prompt's continuation; all frozen.
+    """Scores each label by the log-probabilities of its word's tokens at one position.
+
+    All parameters are frozen.
 
     Args:
-        config: `num_labels` and `pretrained_model_path` are read.
+        config: `num_labels` and `pretrained_model_path` are used.
         tokenizer: the checkpoint's.
         label_names: the label words.
         llama: the model; None: loaded from `config.pretrained_model_path`.
@@ -78,15 +80,16 @@ class LlamaZeroShotClassifier(nn.Module):
                 raise ValueError(f"the label name {name!r} has no tokens")
 
     def forward(self, input_ids: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Scores (batch, num_labels): sums of log-probabilities, so at most 0.
+        """Compute scores (batch, num_labels): sums of log-probabilities, so at most 0.
 
         Args:
             input_ids: (batch, seq), prompts padded on the right.
-            lengths: (batch,), as in `read_out`.
+            lengths: (batch,), as in `pool_last`.
         """
         hidden = self.llama.compute_hidden(input_ids)
-        last = read_out(hidden, lengths, self.llama.config.causal)  # (batch, dim)
-        # In bfloat16, scores would tie; one row a sentence costs little.
+        last = pool_last(hidden, lengths, self.llama.config.causal)  # (batch, dim)
+        # In float32: in bfloat16 different labels could get equal scores. It is cheap, since only
+        # one position per sentence is computed.
         with torch.autocast(last.device.type, enabled=False):
             log_probs = F.log_softmax(self.llama.output(last.float()), dim=-1)  # (batch, vocab)
         # Faithful: all tokens of a label are scored at this one position.
@@ -97,7 +100,7 @@ class LlamaEmbeddingClassifier(nn.Module):
     """A linear head on one hidden state: log_softmax(W dropout(h) + b).
 
     Args:
-        config: all four attributes of `ClassifierConfig` are read.
+        config: all four attributes of `ClassifierConfig` are used.
         llama: the model; None: loaded from `config.pretrained_model_path`.
     """
 
@@ -109,19 +112,20 @@ class LlamaEmbeddingClassifier(nn.Module):
         self.classifier_head = nn.Linear(self.llama.config.dim, config.num_labels)
 
     def forward(self, input_ids: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Log-probabilities of the labels, (batch, num_labels).
+        """Compute log-probabilities of the labels, (batch, num_labels).
 
         Args:
             input_ids: (batch, seq), sentences padded on the right.
-            lengths: (batch,), as in `read_out`.
+            lengths: (batch,), as in `pool_last`.
         """
         hidden = self.llama.compute_hidden(input_ids)  # no vocabulary projection
-        last = read_out(hidden, lengths, self.llama.config.causal)  # (batch, dim)
-        with torch.autocast(last.device.type, enabled=False):  # as above
+        last = pool_last(hidden, lengths, self.llama.config.causal)  # (batch, dim)
+        # In float32: in bfloat16 different labels could get equal scores.
+        with torch.autocast(last.device.type, enabled=False):
             return F.log_softmax(self.classifier_head(self.dropout(last.float())), dim=-1)
 
     def to_checkpoint(self) -> dict[str, Any]:
-        """Tensors and plain values from which `load_classifier` rebuilds this classifier."""
+        """Return tensors and plain values from which `load_classifier` rebuilds this classifier."""
         return {
             "model": self.state_dict(),
             "model_args": self.llama.config.to_model_args(),
@@ -133,24 +137,28 @@ class LlamaEmbeddingClassifier(nn.Module):
 
 
 def load_classifier(path: str | Path) -> LlamaEmbeddingClassifier:
-    """The fine-tuned classifier of a checkpoint, on the CPU, in eval mode.
+    """Load the fine-tuned classifier of a checkpoint, on the CPU, in eval mode.
 
-    It is whole without the pretrained checkpoint that it was made from.
+    The pretrained checkpoint that it was made from is not needed.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no such checkpoint, or its weights do not fit.
+        ValueError: the file is not a classifier's checkpoint, or its weights do not fit.
     """
     checkpoint = read_checkpoint(path)
     try:
+        # The pretrained path is not used, since the model is passed below.
         config = ClassifierConfig(
             pretrained_model_path=str(path), option="finetune", **checkpoint["classifier"]
         )
     except (KeyError, TypeError):
-        raise ValueError(f"{path}: holds no fine-tuned classifier") from None
+        raise ValueError(f"{path}: does not hold a fine-tuned classifier") from None
     num_labels, dropout = config.num_labels, config.hidden_dropout_prob
     if type(num_labels) is not int or not 1 <= num_labels <= MAX_SIZE:
-        raise ValueError(f"{path}: num_labels={reprlib.repr(num_labels)} is no number of labels")
+        raise ValueError(
+            f"{path}: num_labels={reprlib.repr(num_labels)} is not a whole number from 1 to "
+            f"{MAX_SIZE}"
+        )
     if type(dropout) not in (int, float) or not 0 <= dropout < 1:
         raise ValueError(
             f"{path}: hidden_dropout_prob={reprlib.repr(dropout)} is not a number in [0, 1)"
@@ -158,5 +166,5 @@ def load_classifier(path: str | Path) -> LlamaEmbeddingClassifier:
     with torch.device("meta"):  # no memory and no random numbers for weights that are replaced
         model = LlamaEmbeddingClassifier(config, Llama(parse_config(checkpoint, path)))
     load_strictly(model, parse_weights(checkpoint, path), path)
-    model.llama.tie_weights()
+    model.llama.tie_weights()  # loading gave each of the two names its own parameter
     return model.eval()

@@ -1,7 +1,7 @@
 """The shape of a Llama model, as one validated value.
 
-`LlamaConfig` holds what a checkpoint's `model_args` hold, under the assignment's names, and nothing
-that the model does not read. Options of a run (paths, learning rate, ...) live in `run_llama.py`.
+`LlamaConfig` holds what a checkpoint's `model_args` hold, under the assignment's names, and only
+what the model reads. Options of a run (paths, learning rate, ...) are in `beyond/options.py`.
 """
 
 import reprlib
@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
-# Names that other writers of this checkpoint format use for our fields.
-ALIASES = {"norm_eps": "layer_norm_eps"}
-MAX_SIZE = 2**20  # of any size; beyond every Llama's, and no product of two overflows
+ALIASES = {"norm_eps": "layer_norm_eps"}  # names in llama2.c's and Meta's files -> ours
+# Upper bound of every size: above any real Llama's, and the product of two fits into int64.
+MAX_SIZE = 2**20
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class LlamaConfig:
     """Sizes and constants of a Llama model; the defaults are those of `stories42M.pt`.
 
     Raises:
-        ValueError: a value has another type, lies out of bounds, or does not fit the others.
+        ValueError: a value has the wrong type, is out of bounds, or does not fit the others.
     """
 
     vocab_size: int = 32000
@@ -31,15 +31,16 @@ class LlamaConfig:
     multiple_of: int = 32  # the derived hidden_dim is a multiple of this
     max_seq_len: int = 1024  # tokens, BOS included
     layer_norm_eps: float = 1e-5
-    dropout: float = 0.0  # probability, inside the layers; stories42M.pt was trained without
+    # Probability, on embeddings and inside the layers; stories42M.pt was trained without dropout.
+    dropout: float = 0.0
     causal: bool = False  # Faithful: the assignment's attention has no mask (reference mode)
 
     def __post_init__(self) -> None:
         if self.n_kv_heads is None:
             object.__setattr__(self, "n_kv_heads", self.n_heads)
-        for name in ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of"):
+        sizes = ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of")
+        for name in (*sizes, "max_seq_len"):
             self._check_size(name)
-        self._check_size("max_seq_len")
         if self.hidden_dim is None:
             # Two thirds of the usual 4 dim: SwiGLU has three matrices where ReLU has two
             # (Shazeer 2020, arXiv:2002.05202, section 3.1).
@@ -75,30 +76,30 @@ class LlamaConfig:
 
     @property
     def head_dim(self) -> int:
-        """Features per attention head."""
+        """The number of features per attention head."""
         return self.dim // self.n_heads
 
     @property
     def n_rep(self) -> int:
-        """Query heads that share one key/value head."""
+        """The number of query heads that share one key/value head."""
         return self.n_heads // self.n_kv_heads
 
     @classmethod
     def from_model_args(cls, model_args: Mapping[str, Any]) -> Self:
-        """The config that a checkpoint's `model_args` describe.
+        """Build the config that a checkpoint's `model_args` describe.
 
-        Translates the names of `ALIASES`; a value of None means the default.
+        Translates the names in `ALIASES`; a value of None means the default.
 
         Raises:
             ValueError: an unknown name, a name given twice, or a bad value.
         """
         known = {field.name for field in fields(cls)}
         values: dict[str, Any] = {}
-        for given, value in model_args.items():
-            name = ALIASES.get(given, given)
+        for stored_name, value in model_args.items():
+            name = ALIASES.get(stored_name, stored_name)
             if name not in known:
                 raise ValueError(
-                    f"unknown model argument {reprlib.repr(given)}; known are {sorted(known)}"
+                    f"unknown model argument {reprlib.repr(stored_name)}; known are {sorted(known)}"
                 )
             if name in values:
                 raise ValueError(f"model argument {name!r} is given twice")
@@ -107,7 +108,7 @@ class LlamaConfig:
         return cls(**values)
 
     def to_model_args(self) -> dict[str, Any]:
-        """A plain dict that `from_model_args` turns back into this config."""
+        """Return a plain dict that `from_model_args` turns back into this config."""
         return asdict(self)
 
 

@@ -1,12 +1,12 @@
 """Rotary position embeddings (RoPE).
 
 Su et al. 2021, "RoFormer: Enhanced Transformer with Rotary Position Embedding", arXiv:2104.09864,
-section 3.4.2: the sparse form of their rotation matrix, eq. 34, in real arithmetic.
+section 3.4.2, eq. 34: the product with their sparse rotation matrix, in real arithmetic.
 
-Conventions where there are two camps:
-- features (2i, 2i+1) form a rotated pair, as in RoFormer and Meta's Llama, and not features i and
-  i + head_dim / 2, as in Hugging Face's;
-- positions count from 0; the angle of pair i at position m is m * theta^(-2i / head_dim).
+Conventions:
+- features (2i, 2i+1) form a rotated pair, as in RoFormer and in Meta's Llama; Hugging Face's Llama
+  pairs features i and i + head_dim / 2 instead;
+- positions start at 0; the angle of pair i at position m is m * theta^(-2i / head_dim).
 """
 
 from functools import lru_cache
@@ -21,61 +21,61 @@ def apply_rotary_emb(
     head_dim: int,
     max_seq_len: int,
     theta: float = 10000.0,
-    start: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Rotate query and key by position.
+    """Rotate query and key by angles that grow with the position (RoPE).
 
     Args:
         query: (batch, seq, n_heads, head_dim), any float dtype.
         key: (batch, seq, n_kv_heads, head_dim), any float dtype.
-        head_dim: features per head, even.
-        max_seq_len: the longest sequence, in tokens, that the model takes; the tables of sines and
-            cosines are made once for this length.
+        head_dim: number of features per head, even.
+        max_seq_len: maximum sequence length of the model, in tokens; the tables of cosines and
+            sines are computed once for this length.
         theta: base of the frequencies, dimensionless, > 0.
-        start: position of the first token, >= 0.
 
     Returns:
         Rotated query and key, same shapes and dtypes as given; computed in float32.
 
     Raises:
-        ValueError: head_dim is odd or not that of query and key, or start + seq > max_seq_len.
+        ValueError: head_dim is odd, query or key has another head_dim, or seq > max_seq_len.
     """
-    end = start + query.shape[1]
+    seq_len = query.shape[1]
     if head_dim % 2:
         raise ValueError(f"head_dim={head_dim} is odd; rotary embeddings rotate pairs of features")
     if query.shape[-1] != head_dim or key.shape[-1] != head_dim:
         raise ValueError(
             f"head_dim={head_dim}, but query has {query.shape[-1]} features per head "
-            f"and key {key.shape[-1]}"
+            f"and key has {key.shape[-1]}"
         )
-    if end > max_seq_len:
-        raise ValueError(f"a sequence of {end} tokens is longer than max_seq_len={max_seq_len}")
-    cos, sin = (
-        table[start:end] for table in rotary_tables(head_dim, max_seq_len, theta, query.device)
-    )
+    if seq_len > max_seq_len:
+        raise ValueError(f"a sequence of {seq_len} tokens is longer than max_seq_len={max_seq_len}")
+    cos, sin = rotary_tables(head_dim, max_seq_len, theta, query.device)
+    cos, sin = cos[:seq_len], sin[:seq_len]  # (seq, 1, head_dim / 2)
     return _rotate(query, cos, sin), _rotate(key, cos, sin)
 
 
-@lru_cache(maxsize=16)  # so that all layers of all calls share one pair of tables
+@lru_cache(maxsize=16)  # so that all layers and all calls share the same tables
 def rotary_tables(
     head_dim: int, max_seq_len: int, theta: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of every angle.
+    """Compute the cosine and the sine of every angle.
 
     Returns:
-        cos, sin: (max_seq_len, 1, head_dim / 2) each, float32; the axis of 1 broadcasts over heads.
+        cos, sin: (max_seq_len, 1, head_dim / 2) each, float32; the axis of size 1 broadcasts over
+            the heads.
     """
-    # Not an inference tensor, even if the first call comes from an evaluation: training needs the
-    # same tables later.
+    # The cached tables are used again by later calls. If the first call is inside
+    # torch.inference_mode, tables made in that mode could not be used in training later.
     with torch.inference_mode(False):
-        pairs = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
-        frequencies = 1.0 / theta ** (pairs / head_dim)  # (head_dim / 2,), radians per position
+        even_indices = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)  # 2i
+        # (head_dim / 2,), radians per position
+        frequencies = 1.0 / theta ** (even_indices / head_dim)
         positions = torch.arange(max_seq_len, device=device, dtype=torch.float32)
-        angles = torch.outer(positions, frequencies)[:, None, :]
+        angles = torch.outer(positions, frequencies)[:, None, :]  # (max_seq_len, 1, head_dim / 2)
         return angles.cos(), angles.sin()
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate each pair of features of x in float32; return the dtype of x."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (batch, seq, heads, head_dim / 2)
     rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
     return rotated.flatten(-2).type_as(x)  # (batch, seq, heads, head_dim)

@@ -8,7 +8,7 @@ other model that has BOS, EOS and byte pieces, such as those that this module tr
 
 import io
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
@@ -16,9 +16,9 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from utils import (
     OneLineParser,
     at_least_one,
-    check_writable,
     describe_error,
     open_atomically,
+    prepare_output,
     read_documents,
 )
 
@@ -30,7 +30,7 @@ class Tokenizer:
     """A SentencePiece model with the assignment's conventions.
 
     Args:
-        max_len: pieces of text that `encode` keeps, BOS and EOS not counted; None keeps all.
+        max_len: the number of pieces that `encode` keeps, BOS and EOS not counted; None: all.
         tokenizer_model: path of the SentencePiece model; None: `tokenizer.model` in the current
             folder.
 
@@ -40,7 +40,8 @@ class Tokenizer:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no SentencePiece model, or it lacks BOS, EOS or `<0x00>`; or max_len < 1.
+        ValueError: it is not a SentencePiece model, or BOS, EOS or `<0x00>` is missing in it; or
+            max_len < 1.
     """
 
     def __init__(
@@ -54,76 +55,57 @@ class Tokenizer:
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such tokenizer")
         model_proto = path.read_bytes()
+        if not model_proto:  # SentencePiece would accept an empty file
+            raise ValueError(f"{path}: not a SentencePiece model")
         try:
             self.sp_model = SentencePieceProcessor(model_proto=model_proto)
-        except (RuntimeError, UnicodeDecodeError):  # the latter where its message quotes the file
-            model_proto = b""
-        if not model_proto:  # SentencePiece itself takes an empty file, and then has no model
-            raise ValueError(f"{path}: not a SentencePiece model")
+        # UnicodeDecodeError: the error message quotes bytes of the file that are not UTF-8.
+        except (RuntimeError, UnicodeDecodeError):
+            raise ValueError(f"{path}: not a SentencePiece model") from None
         self.max_len = max_len
         self.n_words: int = self.sp_model.vocab_size()
         self.bos_id: int = self.sp_model.bos_id()
         self.eos_id: int = self.sp_model.eos_id()
         self.pad_id: int = self.sp_model.piece_to_id(PAD_PIECE)
         if self.bos_id < 0 or self.eos_id < 0 or self.sp_model.is_unknown(self.pad_id):
-            raise ValueError(f"{path}: has no BOS, no EOS, or no piece {PAD_PIECE} to pad with")
+            raise ValueError(
+                f"{path}: expected the pieces BOS, EOS, and {PAD_PIECE} for padding; one is missing"
+            )
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
-        """Token ids of a text.
+        """Convert a text to token ids.
 
         Args:
             s: the text.
-            bos, eos: whether to put the begin and end pieces around it.
+            bos, eos: whether to add BOS at the start, and EOS at the end.
 
         Returns:
-            At most max_len ids of the text, with BOS and EOS where asked for.
+            At most max_len ids of the text, and BOS and EOS if asked for.
         """
-        # Faithful: the text is cut before BOS and EOS are added, so max_len does not count them.
+        # Faithful: truncated before BOS and EOS are added, so max_len does not count them.
         tokens = self.sp_model.encode(s)[: self.max_len]
         return [self.bos_id] * bos + tokens + [self.eos_id] * eos
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids; BOS and EOS leave nothing."""
+        """Convert token ids to a text; BOS and EOS give no text."""
         return self.sp_model.decode(list(ids))
-
-    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """The text of token ids as they come, in parts whose join is `decode(ids)`.
-
-        A part is held back while it ends within a character: a character may take several byte
-        pieces, and what is decoded of its first ones is a replacement character.
-        """
-        tokens: list[int] = []
-        # Only the end is decoded again: from the last part's first token on, so that the new part
-        # has the one before it to its left, as in the whole text.
-        last, done = 0, 0
-        for token in ids:
-            tokens.append(token)
-            before, text = self.decode(tokens[last:done]), self.decode(tokens[last:])
-            if len(text) > len(before) and not text.endswith("\ufffd"):
-                yield text[len(before) :]
-                if self.decode(tokens[done:]).strip():  # a lone space is lost as a first token
-                    last = done
-                done = len(tokens)
-        before, text = self.decode(tokens[last:done]), self.decode(tokens[last:])
-        if len(text) > len(before):
-            yield text[len(before) :]
 
 
 def train_tokenizer(paths: Sequence[str | Path], vocab_size: int, output: str | Path) -> None:
-    """Train a BPE tokenizer like Llama's on text, one document a line, labels dropped.
+    """Train a BPE tokenizer like Llama's on text with one document per line.
 
-    Sennrich et al. 2016, arXiv:1508.07909. Bytes are pieces too (so no text is unknown), digits
-    stand alone, and characters are taken as they are, without Unicode normalisation; runs of white
-    space become one space, and none is left at the end.
+    Sennrich et al. 2016, arXiv:1508.07909. There is a piece for every byte, so no text is unknown;
+    each digit is a piece of its own; Unicode is not normalised; runs of white space become one
+    space, and none is left at the end.
 
     Args:
-        paths: UTF-8 text files, plain or labelled.
-        vocab_size: pieces, with the three special and the 256 byte pieces.
-        output: where the model goes, whole or not at all.
+        paths: UTF-8 text files; a label at the start of a line (`label ||| text`) is removed.
+        vocab_size: number of pieces, including the three special and the 256 byte pieces.
+        output: where the model is written, completely or not at all.
 
     Raises:
-        FileNotFoundError, ValueError: a file cannot be used, or the text does not give so many
-            pieces.
+        FileNotFoundError, ValueError: a file cannot be used, or the text is too short for this
+            many pieces.
     """
     documents = [text for path in paths for text in read_documents(path)]
     if not documents:
@@ -144,10 +126,11 @@ def train_tokenizer(paths: Sequence[str | Path], vocab_size: int, output: str | 
             bos_id=1,
             eos_id=2,
             pad_id=-1,
-            num_threads=1,  # so that equal text gives an equal model
+            num_threads=1,  # makes the result reproducible
             minloglevel=2,
         )
     except RuntimeError as error:
+        # Such as "Internal: ...trainer.cc(585) [...condition...] Vocabulary size too high (...)."
         reason = str(error).split("] ")[-1]
         raise ValueError(f"--vocab_size {vocab_size}: {reason}") from None
     with open_atomically(output, "wb") as file:
@@ -158,18 +141,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = OneLineParser(description="Train a SentencePiece tokenizer.")
     command = parser.add_subparsers(dest="command", required=True, parser_class=OneLineParser)
-    train = command.add_parser("train", help="on UTF-8 text files, one document a line")
-    train.add_argument("--input", nargs="+", required=True, help="plain or labelled text files")
-    train.add_argument("--vocab_size", type=at_least_one, required=True, help="pieces, 260 or more")
-    train.add_argument("--output", required=True, help="the model's file")
+    train = command.add_parser(
+        "train", help="train a tokenizer on UTF-8 text files with one document per line"
+    )
+    train.add_argument("--input", nargs="+", required=True, help="text files; labels are removed")
+    train.add_argument(
+        "--vocab_size", type=at_least_one, required=True, help="number of pieces, 260 or more"
+    )
+    train.add_argument("--output", required=True, help="file of the trained model")
     try:
         args = parser.parse_args(argv)
-        check_writable(args.output)
+        prepare_output(args.output)
         train_tokenizer(args.input, args.vocab_size, args.output)
     except (ValueError, OSError) as error:
         print(f"tokenizer.py: error: {describe_error(error)}", file=sys.stderr)
         return 2
-    print(f"Wrote a tokenizer of {args.vocab_size} pieces to {args.output}.")
+    print(f"Wrote a tokenizer with {args.vocab_size} pieces to {args.output}.")
     return 0
 
 

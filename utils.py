@@ -1,34 +1,35 @@
-"""Small things that need no model: seeding, devices, files, errors, padding, scores."""
+"""Small helpers that need neither a model nor PyTorch: text files, safe writing, errors, scores."""
 
 import argparse
+import codecs
 import glob
 import hashlib
+import json
 import os
-import random
 import re
+import reprlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-import numpy as np
-import torch
-from torch import Tensor
-
-LARGEST_INT = 2**31 - 1  # of an argument; beyond it, tensors cannot take it
+LARGEST_INT = 2**31 - 1  # largest integer that the command line accepts (int32)
 SEPARATOR = " ||| "  # between label and sentence
-LABEL = re.compile(rf"^\s*[+-]?\d+{re.escape(SEPARATOR)}")
+LABEL_PREFIX = re.compile(rf"^\s*[+-]?\d+{re.escape(SEPARATOR)}")
+
+
+# ---------------------------------------------------------------------------------- command line
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose errors are exceptions, for a `main` to report in one line."""
+    """An argument parser that raises ValueError, for a `main` to report in one line."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
 
 def at_least_one(text: str) -> int:
-    """Argument type: a whole number from 1 to `LARGEST_INT`."""
+    """Convert an argument to an integer from 1 to `LARGEST_INT`."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is below 1")
@@ -38,7 +39,7 @@ def at_least_one(text: str) -> int:
 
 
 def describe_error(error: Exception) -> str:
-    """What went wrong, in one line."""
+    """Describe an error in one line."""
     message = str(error)
     if isinstance(error, OSError) and error.strerror:
         message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
@@ -46,75 +47,14 @@ def describe_error(error: Exception) -> str:
 
 
 def is_text(value: object) -> bool:
-    """Whether a value is a text that UTF-8 can hold: not a byte of the command line that is none.
+    """Return whether a value is a string that UTF-8 can encode (has no lone surrogate).
 
-    Python keeps such bytes, and JSON's escapes can write them, as lone surrogates.
+    Lone surrogates come from command-line bytes that are not UTF-8, and from JSON escapes.
     """
     return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
-def seed_everything(seed: int) -> None:
-    """Seed the global random states of Python, NumPy and PyTorch, on every device."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-def compute_deterministically() -> None:
-    """Let only operations run whose results are the same in every run on one machine."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-    torch.use_deterministic_algorithms(True)
-
-
-def resolve_device(use_gpu: bool) -> torch.device:
-    """The device of a run; of several processes on one machine each has its own GPU.
-
-    Raises:
-        ValueError: a GPU is asked for and PyTorch sees none, or fewer than there are processes.
-    """
-    if not use_gpu:
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ValueError(
-            "--use_gpu: PyTorch finds no CUDA device; leave the flag out to use the CPU"
-        )
-    number = int(os.environ.get("LOCAL_RANK", 0))
-    if number >= torch.cuda.device_count():
-        raise ValueError(
-            f"--use_gpu: PyTorch finds {torch.cuda.device_count()} CUDA devices on this machine, "
-            "fewer than processes; start fewer (--nproc_per_node)"
-        )
-    torch.cuda.set_device(number)
-    return torch.device("cuda", number)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there is no memory left, of a GPU or of the machine."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-    )
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device computes products of bfloat16 in hardware."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported()
-
-
-def autocast(device: torch.device, dtype: str) -> torch.autocast:
-    """The scope of a forward pass whose large products are of `dtype`, "float32" or "bfloat16".
-
-    Parameters, the residual stream and RMSNorm stay in float32.
-    """
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
-
-
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A batch's tensor on the device; to a GPU the copy runs beside what is computed there."""
-    if device.type == "cuda":
-        return x.pin_memory().to(device, non_blocking=True)
-    return x
+# ----------------------------------------------------------------------------------------- files
 
 
 def check_readable(path: str | Path) -> None:
@@ -122,77 +62,78 @@ def check_readable(path: str | Path) -> None:
 
     Raises:
         FileNotFoundError: there is no such file.
-        OSError: it is a folder, or it may not be read.
+        OSError: it is a folder, or reading it is not permitted.
     """
     with open(path, "rb"):
         pass
 
 
-def fingerprint(path: str | Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def check_writable(path: str | Path) -> None:
-    """Make the folder of a result and raise unless a file can be written there.
+def prepare_output(path: str | Path) -> None:
+    """Make the folder of a result, and raise unless a file can be written there.
 
     Raises:
-        OSError: the folder cannot be made or written to, or `path` is there and no plain file.
+        OSError: the folder cannot be made or written to, or `path` exists and is not a regular
+            file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.is_file():
-        raise OSError(f"{path}: cannot be written: it is there and no plain file")
-    beside = _beside(path)
-    beside.touch()
-    beside.unlink()
+        raise OSError(f"{path}: cannot be written: it exists and is not a regular file")
+    temporary = _temporary_path(path)
+    temporary.touch()
+    temporary.unlink()
 
 
-def _beside(path: Path) -> Path:
-    """Where a file is written until it is whole."""
+def _temporary_path(path: Path) -> Path:
+    """Return where a file is written until it is complete."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def remove_leftovers(path: str | Path) -> None:
-    """Delete what a killed process has left beside a file that it was writing."""
+    """Delete the temporary files of killed processes that were writing `path`."""
     for leftover in Path(path).parent.glob(f".{glob.escape(Path(path).name)}.*.tmp"):
         leftover.unlink(missing_ok=True)
 
 
 @contextmanager
 def open_atomically(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a file for writing that takes its name only when all of it is on disk.
+    """Open a file for writing that replaces `path` only when it is complete and on disk.
 
-    Writes beside the target, flushes, renames; on any failure the old file, if any, stays whole.
-    Text is UTF-8 with plain newlines on every system.
+    It is written in the same folder under a temporary name, flushed, and renamed; after any
+    failure the old file, if any, is unchanged. Text is UTF-8 with "\\n" as line end.
     """
     path = Path(path)
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
-    beside = _beside(path)
+    text_options = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    temporary = _temporary_path(path)
     try:
-        with open(beside, mode, **text) as file:  # type: ignore[call-overload]
+        with open(temporary, mode, **text_options) as file:  # type: ignore[call-overload]
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
     except BaseException as error:
-        beside.unlink(missing_ok=True)
-        if isinstance(error, OSError) and not error.filename:  # as when the disk is full
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and not error.filename:  # such as a full disk
             error.filename = str(path)
         raise
 
 
+def fingerprint(path: str | Path) -> str:
+    """Compute the SHA-256 of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def read_lines(path: str | Path) -> list[str]:
-    """The lines of a UTF-8 text file, without their ends.
+    """Read the lines of a UTF-8 text file, without their line ends.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is empty, or a line is not UTF-8.
     """
-    lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    lines = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     if not lines[-1]:
-        lines.pop()  # what follows the last line's end
+        lines.pop()  # the file ends with a line end
     if not lines:
         raise ValueError(f"{path}: is empty")
     texts = []
@@ -204,8 +145,29 @@ def read_lines(path: str | Path) -> list[str]:
     return texts
 
 
+def parse_example(line: str, path: str | Path, line_number: int) -> tuple[int, str]:
+    """Split a line `label ||| sentence` at its first separator into label and sentence.
+
+    Raises:
+        ValueError: the line does not have this form.
+    """
+    label, separator, sentence = line.partition(SEPARATOR)
+    sentence = sentence.strip()
+    if not separator or not sentence:
+        shown = line if len(line) <= 40 else f"{line[:40]}..."
+        raise ValueError(
+            f'{path}:{line_number}: expected "<label> ||| <sentence>", found {json.dumps(shown)}'
+        )
+    try:
+        return int(label), sentence
+    except ValueError:
+        raise ValueError(
+            f"{path}:{line_number}: expected a whole number as label, found {json.dumps(label)}"
+        ) from None
+
+
 def read_documents(path: str | Path) -> list[str]:
-    """The texts of a file, one a line, plain or labelled (`label ||| text`): labels are dropped.
+    """Read one text per line, without its label if it has one (`label ||| text`).
 
     Blank lines are left out.
 
@@ -213,48 +175,63 @@ def read_documents(path: str | Path) -> list[str]:
         FileNotFoundError: there is no such file.
         ValueError: it is empty, or a line is not UTF-8.
     """
-    texts = (LABEL.sub("", line, count=1).strip() for line in read_lines(path))
+    texts = (LABEL_PREFIX.sub("", line, count=1).strip() for line in read_lines(path))
     return [text for text in texts if text]
 
 
-def pad_batch(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Token ids padded on the right to the longest sequence.
+def read_label_names(path: str | Path) -> list[str]:
+    """Read the label words of a JSON file; a label is an index into them.
 
-    Returns:
-        tokens: (batch, seq), int64.
-        lengths: (batch,), int64; how many of a row's tokens are its own.
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it does not hold a list of two or more different words.
     """
-    lengths = torch.tensor([len(sequence) for sequence in sequences])
-    tokens = torch.full((len(sequences), int(lengths.max())), pad_id)
-    for row, sequence in zip(tokens, sequences, strict=True):
-        row[: len(sequence)] = torch.tensor(sequence)
-    return tokens, lengths
+    try:
+        names = json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a JSON file: {error}") from None
+    if not isinstance(names, list) or not all(is_text(name) and name.strip() for name in names):
+        raise ValueError(f'{path}: expected a JSON list of words such as ["bad", "good"]')
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise ValueError(
+            f"{path}: expected two or more different label words, found {reprlib.repr(names)}"
+        )
+    return names
+
+
+# ---------------------------------------------------------------------------------------- scores
 
 
 def confusion_matrix(
     predictions: Sequence[int], labels: Sequence[int], num_labels: int
-) -> np.ndarray:
-    """Counts (num_labels, num_labels): row is the gold label, column the predicted one."""
-    counts = np.zeros((num_labels, num_labels), dtype=np.int64)
-    np.add.at(counts, (np.asarray(labels, int), np.asarray(predictions, int)), 1)
+) -> list[list[int]]:
+    """Count the pairs: the row is the gold label, the column the predicted one.
+
+    A negative label means that no gold label is known; such examples are not counted.
+    """
+    counts = [[0] * num_labels for _ in range(num_labels)]
+    for prediction, label in zip(predictions, labels, strict=True):
+        if label >= 0:
+            counts[label][prediction] += 1
     return counts
 
 
-def accuracy(confusion: np.ndarray) -> float:
-    """Share of right predictions, in [0, 1]; NaN when there are none to judge."""
-    total = confusion.sum()
-    return float(np.trace(confusion) / total) if total else float("nan")
+def accuracy(confusion: Sequence[Sequence[int]]) -> float:
+    """Return the fraction of right predictions, in [0, 1]; NaN without a prediction."""
+    total = sum(map(sum, confusion))
+    correct = sum(row[label] for label, row in enumerate(confusion))
+    return correct / total if total else float("nan")
 
 
-def macro_f1(confusion: np.ndarray) -> float:
-    """Unweighted mean over classes of F1 = 2 TP / (2 TP + FP + FN), in [0, 1].
+def macro_f1(confusion: Sequence[Sequence[int]]) -> float:
+    """Return the unweighted mean over classes of F1 = 2 TP / (2 TP + FP + FN), in [0, 1].
 
-    Like scikit-learn's `f1_score(average="macro", zero_division=0)`: the classes are those that
-    occur as a label or as a prediction. NaN when there is nothing to judge.
+    Equals scikit-learn's `f1_score(average="macro", zero_division=0)`: a class counts if it occurs
+    as a label or as a prediction. NaN without a prediction.
     """
-    true_positives = np.diag(confusion)
-    occurrences = confusion.sum(axis=0) + confusion.sum(axis=1)  # 2 TP + FP + FN
-    occurs = occurrences > 0
-    if not occurs.any():
-        return float("nan")
-    return float(np.mean(2 * true_positives[occurs] / occurrences[occurs]))
+    scores = []
+    for label, row in enumerate(confusion):
+        occurrences = sum(row) + sum(other[label] for other in confusion)  # 2 TP + FP + FN
+        if occurrences:
+            scores.append(2 * row[label] / occurrences)
+    return sum(scores) / len(scores) if scores else float("nan")

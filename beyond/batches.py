@@ -1,0 +1,127 @@
+"""Batches: what a training run reads of one, and which examples and processes share one."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from beyond.interrupts import stop_if_asked
+from beyond.processes import progress, rank, world_size
+
+
+class TrainingBatch(Protocol):
+    """What a training run reads of a batch."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The arguments of the loss, with the batch's rows on their first axis."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens without padding."""
+
+    @property
+    def num_padded_tokens(self) -> int:
+        """Tokens with padding."""
+
+    def describe(self) -> str:
+        """Say where the batch comes from, for an error message."""
+
+
+class Loader[B: TrainingBatch](Protocol):
+    """The batches of an epoch; each pass over them draws a new order."""
+
+    def __iter__(self) -> Iterator[B]: ...
+
+    def __len__(self) -> int: ...
+
+
+class Batch(NamedTuple):
+    """Some labelled sentences as the models take them."""
+
+    tokens: Tensor  # (batch, seq), int64, padded on the right
+    lengths: Tensor  # (batch,), int64: the number of tokens in each row before padding
+    labels: Tensor  # (batch,), int64
+    lines: list[int]  # of the data file, from 0
+    path: str  # of the data file
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The arguments of the loss."""
+        return self.tokens, self.lengths, self.labels
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens without padding."""
+        return int(self.lengths.sum())
+
+    @property
+    def num_padded_tokens(self) -> int:
+        """Tokens with padding."""
+        return self.tokens.numel()
+
+    def describe(self) -> str:
+        """Say which lines the batch has, counted from 1."""
+        return f"lines {', '.join(str(line + 1) for line in self.lines)} of {self.path}"
+
+
+class LengthBatchSampler(Sampler[list[int]]):
+    """Puts examples of similar length into the same batch, which saves most of the padding.
+
+    Without a generator, all examples in order of length. With one, each pass shuffles the examples,
+    cuts them into equal pools of at most `MAX_POOL_BATCHES` batches, sorts each pool by length, and
+    shuffles the batches. Apart from the lengths, it is random which examples share a batch, and
+    when the batch comes.
+
+    Args:
+        lengths: of the examples, in tokens.
+        batch_size: examples per batch.
+        generator: source of randomness, or None.
+    """
+
+    MAX_POOL_BATCHES = 100  # leaves 3.4% of SST's tokens as padding, where 50 leave 4.8%
+
+    def __init__(
+        self, lengths: Sequence[int], batch_size: int, generator: torch.Generator | None = None
+    ) -> None:
+        self.lengths = lengths
+        self.batch_size = batch_size
+        self.generator = generator
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.lengths) / self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        size = len(self.lengths)
+        if self.generator is None:
+            order, pool_size = list(range(size)), size
+        else:
+            order = torch.randperm(size, generator=self.generator).tolist()
+            num_pools = math.ceil(len(self) / self.MAX_POOL_BATCHES)
+            pool_size = math.ceil(len(self) / num_pools) * self.batch_size
+        ordered: list[int] = []
+        for start in range(0, size, pool_size):
+            ordered += sorted(order[start : start + pool_size], key=self.lengths.__getitem__)
+        batches = [
+            ordered[start : start + self.batch_size] for start in range(0, size, self.batch_size)
+        ]
+        if self.generator is not None:
+            shuffled = torch.randperm(len(batches), generator=self.generator).tolist()
+            batches = [batches[i] for i in shuffled]
+        yield from batches
+
+
+def shard_batches[T](batches: Iterable[T]) -> Iterator[T]:
+    """Yield this process's batches of an evaluation.
+
+    Raises:
+        Interrupted: between two batches, if a signal waits.
+    """
+    for i, batch in enumerate(progress(batches, desc="eval")):
+        if i % world_size() == 0:
+            stop_if_asked()
+        if i % world_size() == rank():
+            yield batch

@@ -1,0 +1,447 @@
+"""Decoding: a causal model prepared to generate fast, its key/value cache, and sampling filters.
+
+`prepare_for_decoding` makes a model that computes the same function as `Llama` in fewer and faster
+operations. Decoding one token at a time multiplies every weight by one vector, so its speed is
+limited by reading the weights from memory, and by the overhead of the operations around that.
+Zero-shot scores, which are computed from whole sentences, gain by the same means. Differs from
+`llama.py` in:
+- keys and values of earlier positions are cached, so a new token costs one position;
+- query, key and value are one matrix product, and so are the gate and up projections;
+- RMSNorm's gains, and the square root of dim, are multiplied into the weights that follow;
+- query and key are rotated together, as complex numbers (RoFormer, arXiv:2104.09864, eq. 13);
+- weights are stored as the fastest matrix-vector product wants them: float32 column by column,
+  bfloat16 row by row, or int8 with a scale for each row.
+
+Causal models only: without a mask every new token changes the results at all other positions.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama import Llama, LlamaLayer, check_context, sample_next_token, token_probabilities
+from rope import rotary_tables
+
+
+class KVCache:
+    """Keys and values of one layer for the positions so far, so that none is computed twice.
+
+    Args:
+        capacity: positions that it can hold; the first use allocates memory for all of them.
+
+    Attributes:
+        length: positions that it holds.
+        keys, values: (batch, n_kv_heads, capacity, head_dim), from the first use on.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.length = 0
+
+    def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the next positions and return all keys and values so far.
+
+        Args:
+            key, value: (batch, n_kv_heads, seq, head_dim).
+
+        Returns:
+            (batch, n_kv_heads, length, head_dim) each.
+
+        Raises:
+            ValueError: they do not fit, or more than one position is added to a cache that is not
+                empty (they would need a causal mask).
+        """
+        batch, n_kv_heads, seq, head_dim = key.shape
+        start, end = self.length, self.length + seq
+        if end > self.capacity:
+            raise ValueError(f"{end} positions do not fit a cache of {self.capacity}")
+        if start and seq > 1:
+            raise ValueError(f"after its first use a cache takes one position at a time, not {seq}")
+        if start == 0:
+            self.keys = key.new_empty(batch, n_kv_heads, self.capacity, head_dim)
+            self.values = torch.empty_like(self.keys)
+        self.keys[:, :, start:end] = key
+        self.values[:, :, start:end] = value
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+def left_padding_mask(padding: Tensor, seq: int) -> Tensor:
+    """Return which positions attend to which, in causal rows that are padded on the left.
+
+    Args:
+        padding: (batch,), the number of padding columns of each row.
+        seq: columns.
+
+    Returns:
+        (batch, 1, seq, seq), bool. A padding column attends to itself, since softmax needs at least
+        one key.
+    """
+    columns = torch.arange(seq, device=padding.device)
+    causal = columns <= columns[:, None]  # (seq, seq)
+    real = columns >= padding[:, None, None]  # (batch, 1, seq)
+    return ((causal & real) | (columns == columns[:, None]))[:, None]
+
+
+def last_row_mask(padding: Tensor, seq: int) -> Tensor:
+    """Return the last row of `left_padding_mask`: (batch, 1, 1, seq)."""
+    return (torch.arange(seq, device=padding.device) >= padding[:, None])[:, None, None]
+
+
+# ----------------------------------------------------------------------------- the prepared model
+
+
+class Projection:
+    """The matrix product x W^T, with the weights W (out, in) stored so that they are read fast.
+
+    Args:
+        weight: (out, in), float32.
+        dtype: of inputs, outputs, and, unless quantized, of the stored weights.
+        quantize: whether to store int8: each row is divided by 1/127 of its largest magnitude and
+            rounded.
+
+    Attributes:
+        error: largest absolute difference between a weight and its stored value.
+    """
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype, quantize: bool) -> None:
+        self.scales: Tensor | None = None
+        if quantize:
+            # The scales are rounded to their stored dtype before the weights are divided by them.
+            scales = (weight.abs().amax(dim=1).clamp(min=1e-12) / 127).to(dtype)  # (out,)
+            rounded = (weight / scales.float()[:, None]).round().clamp(-127, 127)
+            stored = rounded * scales.float()[:, None]
+            # The kernel reads 16 columns at a time, also beyond the last one.
+            self.padding = -weight.shape[1] % 16
+            self.weight = F.pad(rounded.char(), (0, self.padding))
+            self.scales = scales
+        elif dtype == torch.float32:
+            self.weight = weight.t().contiguous().t()  # a column is contiguous
+            stored = weight
+        else:
+            self.weight = weight.to(dtype)
+            stored = self.weight.float()
+        self.error = (stored - weight).abs().max().item()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map x (n, in) to (n, out)."""
+        if self.scales is not None:
+            x = F.pad(x, (0, self.padding)) if self.padding else x
+            return torch._weight_int8pack_mm(x, self.weight, self.scales)
+        if len(x) == 1:
+            return torch.mv(self.weight, x[0])[None]
+        return F.linear(x, self.weight)
+
+
+class DecodingLayer:
+    """The weights of a `LlamaLayer`, in four matrices instead of seven."""
+
+    def __init__(self, layer: LlamaLayer, dtype: torch.dtype, quantize: bool) -> None:
+        attention, feed_forward = layer.attention, layer.feed_forward
+        parts = [attention.compute_query, attention.compute_key, attention.compute_value]
+        sqrt_dim = layer.attention_norm.weight.numel() ** 0.5
+        gain = layer.attention_norm.weight * sqrt_dim
+        self.query_key_value = Projection(
+            torch.cat([part.weight for part in parts]) * gain, dtype, quantize
+        )
+        self.output = Projection(attention.compute_output.weight, dtype, quantize)
+        gate_up = torch.cat([feed_forward.w1.weight, feed_forward.w3.weight])
+        self.gate_up = Projection(gate_up * layer.ffn_norm.weight * sqrt_dim, dtype, quantize)
+        self.down = Projection(feed_forward.w2.weight, dtype, quantize)
+
+    def projections(self) -> list[Projection]:
+        """Return the four matrices."""
+        return [self.query_key_value, self.output, self.gate_up, self.down]
+
+
+class DecodingHead:
+    """The output projection; in bfloat16 it computes the highest logits again in float32.
+
+    A bfloat16 logit between 8 and 16 is a multiple of 1/16, so that at one in fifty of the demo's
+    positions two tokens share the highest logit. Reading a few rows of the float32 embeddings costs
+    little.
+
+    Args:
+        weight: (vocab, dim), float32.
+        gain: (dim,), the final RMSNorm's.
+        dtype, quantize: as in `Projection`.
+    """
+
+    RESCORED = 16  # tokens whose logits are computed again
+
+    def __init__(self, weight: Tensor, gain: Tensor, dtype: torch.dtype, quantize: bool) -> None:
+        self.weight = weight
+        self.gain = gain * weight.shape[1] ** 0.5
+        self.dtype = dtype
+        self.projection = Projection(weight * self.gain, dtype, quantize)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Compute logits (n, vocab), float32.
+
+        Args:
+            hidden: (n, dim), float32, each with Euclidean norm 1.
+        """
+        logits = self.projection(hidden.to(self.dtype)).float()
+        if self.dtype == torch.float32:
+            return logits
+        likeliest = logits.topk(min(self.RESCORED, logits.shape[1])).indices  # (n, RESCORED)
+        exact = self.weight[likeliest] @ (hidden * self.gain)[:, :, None]
+        return logits.scatter(1, likeliest, exact[:, :, 0])
+
+
+class DecodingLlama(Llama):
+    """A causal `Llama` that cannot be trained; `forward` is inherited.
+
+    Args:
+        llama: the model whose weights to take.
+        dtype: float32 or bfloat16.
+        quantize: whether to store the matrices as int8, on the CPU.
+        exact_head: whether logits are computed in float32 whatever the dtype, at some cost.
+
+    Attributes:
+        error: largest absolute error of a stored weight.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self, llama: Llama, dtype: torch.dtype, quantize: bool = False, exact_head: bool = False
+    ) -> None:
+        nn.Module.__init__(self)  # not Llama's, which would make the parts of a `Llama`
+        config = llama.config
+        self.config = config
+        self.dtype = dtype
+        self.embeddings = llama.tok_embeddings.weight.detach()
+        layers = cast(list[LlamaLayer], list(llama.layers))
+        self.decoding_layers = [DecodingLayer(layer, dtype, quantize) for layer in layers]
+        gain = llama.norm.weight.detach()
+        head_dtype = torch.float32 if exact_head else dtype
+        head = DecodingHead(self.embeddings, gain, head_dtype, quantize and not exact_head)
+        self.output = head  # type: ignore[assignment]
+        cos, sin = rotary_tables(
+            config.head_dim, config.max_seq_len, 10000.0, self.embeddings.device
+        )
+        self.eps_root = torch.tensor((config.dim * config.layer_norm_eps) ** 0.5, device=cos.device)
+        self.rotations = torch.complex(cos, sin)  # (max_seq_len, 1, head_dim / 2)
+        projections = [head.projection]
+        for layer in self.decoding_layers:
+            projections += layer.projections()
+        self.error = max(projection.error for projection in projections)
+        self.eval()
+
+    def compute_hidden(
+        self,
+        tokens: Tensor,
+        caches: Sequence[KVCache] | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Compute what `Llama.compute_hidden` does, but each vector has Euclidean norm 1.
+
+        The final norm's gain is in the output projection.
+
+        Args:
+            tokens: (batch, seq), integer ids. With caches: the whole prompt if they are empty,
+                else one token per row.
+            caches: one for each layer; they are extended.
+            mask: (batch, 1, seq, positions so far), True where a query may attend to a key; None:
+                causal.
+
+        Raises:
+            ValueError: more than max_seq_len positions.
+        """
+        config, (batch, seq) = self.config, tokens.shape
+        start = caches[0].length if caches else 0
+        if start + seq > config.max_seq_len:
+            raise ValueError(
+                f"a sequence of {start + seq} tokens is longer than "
+                f"max_seq_len={config.max_seq_len}"
+            )
+        rotations = self.rotations[start : start + seq]  # (seq, 1, head_dim / 2)
+        num_rotated = config.n_heads + config.n_kv_heads
+        is_causal = mask is None and seq > 1
+        # The residual stream h stays in float32; bfloat16 sums would lose the most precision here.
+        h = F.embedding(tokens.flatten(), self.embeddings)  # (batch * seq, dim)
+        for i, layer in enumerate(self.decoding_layers):
+            heads = layer.query_key_value(self.normalise(h).to(self.dtype))
+            heads = heads.view(batch, seq, -1, config.head_dim)
+            pairs = heads[:, :, :num_rotated].float().view(batch, seq, num_rotated, -1, 2)
+            rotated = torch.view_as_real(torch.view_as_complex(pairs) * rotations)
+            rotated = rotated.view(batch, seq, num_rotated, -1).to(self.dtype).transpose(1, 2)
+            query, key = rotated[:, : config.n_heads], rotated[:, config.n_heads :]
+            value = heads[:, :, num_rotated:].transpose(1, 2)  # (batch, n_kv_heads, seq, head_dim)
+            if caches:
+                key, value = caches[i].extend(key, value)
+            attended = F.scaled_dot_product_attention(
+                query, key, value, mask, is_causal=is_causal, enable_gqa=config.n_rep > 1
+            )
+            h = h + layer.output(attended.transpose(1, 2).reshape(batch * seq, -1))
+            gate, up = layer.gate_up(self.normalise(h).to(self.dtype)).chunk(2, dim=-1)
+            h = h + layer.down(F.silu(gate) * up)
+        return self.normalise(h).view(batch, seq, -1)
+
+    def generate(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Generate the tokens that `Llama.generate` does, with the cache."""
+        sampler = Sampler(temperature, generators=generator)
+        return torch.cat((idx, *stream(self, idx, max_new_tokens, sampler)), dim=1)
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """Compute RMSNorm of x (n, dim) without its gain, divided by sqrt(dim).
+
+        That is x / sqrt(|x|^2 + dim eps).
+        """
+        return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.eps_root)
+
+
+def prepare_for_decoding(
+    llama: Llama,
+    dtype: torch.dtype = torch.float32,
+    quantize: bool = False,
+    exact_head: bool = False,
+) -> Llama:
+    """Return the model to generate with: a `DecodingLlama` if `llama` is causal, else `llama`.
+
+    Args:
+        llama: on its device.
+        dtype: of the computation; with int8 weights it is bfloat16.
+        quantize: whether to store the matrices as int8.
+        exact_head: whether logits are computed in float32 even when the dtype is bfloat16; needed
+            when logits other than the highest are compared.
+
+    Raises:
+        ValueError: the model cannot be quantized: it is not causal, or not on the CPU.
+    """
+    if quantize and not (llama.config.causal and llama.output.weight.device.type == "cpu"):
+        raise ValueError("--quantize int8: only for a causal model (--causal), on the CPU")
+    if not llama.config.causal:
+        return llama.to(dtype)
+    return DecodingLlama(llama, torch.bfloat16 if quantize else dtype, quantize, exact_head)
+
+
+# ------------------------------------------------------------------------------------- generation
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Chooses the next token of each row; called with logits (batch, vocab), returns (batch, 1).
+
+    Args:
+        temperature: as in `sample_next_token`.
+        top_k: sample from the k likeliest tokens only; 0: from all.
+        top_p: sample from the smallest set of likeliest tokens whose total probability reaches
+            top_p, in (0, 1] (nucleus sampling: Holtzman et al. 2020, arXiv:1904.09751, section
+            3.1).
+        generators: sources of randomness, one for all rows or one for each; None: PyTorch's global
+            one.
+
+    Raises:
+        ValueError: an argument is out of bounds.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    generators: torch.Generator | Sequence[torch.Generator] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature={self.temperature} must be finite and >= 0")
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k} is negative")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} is not in (0, 1]")
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        if self.temperature == 0:
+            return sample_next_token(logits, 0.0)
+        probabilities = token_probabilities(logits, self.temperature)  # (batch, vocab)
+        if self.top_k or self.top_p < 1:
+            probabilities = self.filter(probabilities)
+        if isinstance(self.generators, Sequence):
+            rows = zip(probabilities, self.generators, strict=True)
+            return torch.stack([torch.multinomial(row, 1, generator=own) for row, own in rows])
+        return torch.multinomial(probabilities, 1, generator=self.generators)
+
+    def filter(self, probabilities: Tensor) -> Tensor:
+        """Set the probabilities (batch, vocab) of all tokens outside top-k and top-p to 0."""
+        sorted_probs, sorted_ids = probabilities.sort(dim=-1, descending=True, stable=True)
+        if self.top_k:
+            sorted_probs[:, self.top_k :] = 0
+            sorted_probs /= sorted_probs.sum(dim=-1, keepdim=True)
+        # A token is left out if the tokens before it reach top_p without it.
+        before = sorted_probs.cumsum(dim=-1) - sorted_probs
+        sorted_probs[before >= self.top_p] = 0
+        return torch.zeros_like(sorted_probs).scatter_(-1, sorted_ids, sorted_probs)
+
+
+@torch.no_grad()  # not inference_mode: the tokens that it yields could not be trained on
+def stream(
+    llama: Llama,
+    idx: Tensor,
+    max_new_tokens: int,
+    sampler: Sampler,
+    padding: Tensor | None = None,
+) -> Iterator[Tensor]:
+    """Yield the tokens that continue each row, one column after the other; never stops early.
+
+    Each token is sampled from the whole context, or from its last `max_seq_len` tokens. A
+    `DecodingLlama` uses its cache until the context exceeds max_seq_len. Then the window slides,
+    every token's position changes, and each step computes the whole window. Any other `Llama`
+    computes the whole window in each step.
+
+    Args:
+        llama: as `prepare_for_decoding` returned it.
+        idx: (batch, seq), integer ids, seq >= 1.
+        max_new_tokens: >= 0.
+        sampler: chooses the tokens.
+        padding: (batch,), the number of columns at the left end of each row that are padding; for a
+            `DecodingLlama` only.
+
+    Yields:
+        (batch, 1), int64, `max_new_tokens` times.
+
+    Raises:
+        ValueError: an argument is out of bounds (raised at the first next()).
+    """
+    check_context(idx, max_new_tokens)
+    max_seq_len = llama.config.max_seq_len
+    if not isinstance(llama, DecodingLlama):
+        if padding is not None:
+            raise ValueError("a model that is not a DecodingLlama would attend to the padding")
+        was_training = llama.training
+        llama.eval()
+        try:
+            for _ in range(max_new_tokens):
+                hidden = llama.compute_hidden(idx[:, -max_seq_len:])
+                next_token = sampler(llama.output(hidden[:, -1]))
+                yield next_token
+                idx = torch.cat((idx, next_token), dim=1)  # (batch, seq + 1)
+        finally:
+            llama.train(was_training)
+        return
+    capacity = min(idx.shape[1] + max_new_tokens, max_seq_len)
+    caches: list[KVCache] | None = [KVCache(capacity) for _ in llama.decoding_layers]
+    for _ in range(max_new_tokens):
+        window_start = max(0, idx.shape[1] - max_seq_len)
+        if window_start:
+            caches = None
+        first_new = caches[0].length if caches else window_start
+        mask = None
+        if padding is not None:
+            make_mask = left_padding_mask if first_new == window_start else last_row_mask
+            mask = make_mask(padding - window_start, idx.shape[1] - window_start)
+        hidden = llama.compute_hidden(idx[:, first_new:], caches, mask)
+        next_token = sampler(llama.output(hidden[:, -1]))
+        yield next_token
+        idx = torch.cat((idx, next_token), dim=1)  # (batch, seq + 1)

@@ -1,0 +1,24 @@
+"""The demo in the box: a small model and reviews that stand in for missing default files."""
+
+import os
+from pathlib import Path
+
+
+def demo_folder() -> Path:
+    """Return the folder of the demo, relative to the current folder."""
+    return Path(os.path.relpath(Path(__file__).parent.parent / "data" / "demo"))
+
+
+def data_files(dataset: str) -> dict[str, str]:
+    """Return the four files of a data set, by the options that name them."""
+    prefix = f"{demo_folder()}{os.sep}" if dataset == "demo" else f"data/{dataset}-"
+    files = {split: f"{prefix}{split}.txt" for split in ("train", "dev", "test")}
+    return {**files, "label_names": f"{prefix}label-mapping.json"}
+
+
+def stand_in_note(missing: str, demo: str) -> str:
+    """Say that the demo takes the place of a default file, and how to get the real one."""
+    return (
+        f"there is no {missing}, so {demo} stands in for it; "
+        "get the real one with: uv run python data/download.py"
+    )

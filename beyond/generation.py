@@ -1,0 +1,150 @@
+"""From prompts to texts: several prompts and samples in a batch, stop tokens, and streaming."""
+
+import itertools
+import sys
+from collections.abc import Iterable, Iterator, Sequence, Set
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from beyond.decoding import DecodingLlama, Sampler, prepare_for_decoding, stream
+from beyond.options import GenerateOptions
+from beyond.runtime import Runtime, allow_tf32
+from llama import Llama
+from tokenizer import Tokenizer
+
+DIVIDER = "---------------"  # between texts
+
+
+def read_prompt(prompt: str) -> str:
+    """Return a prompt of the command line; `-` stands for all of standard input.
+
+    Raises:
+        ValueError: standard input is empty or not UTF-8.
+    """
+    if prompt != "-":
+        return prompt
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt -: standard input is not UTF-8 text: {error.reason}") from None
+    if not text:
+        raise ValueError("--prompt -: standard input is empty")
+    return text
+
+
+def prepare_to_generate(llama: Llama, runtime: Runtime, quantize: bool) -> Llama:
+    """Move a model to its device and prepare it for decoding."""
+    allow_tf32(runtime)
+    model = prepare_for_decoding(llama.to(runtime.device), runtime.dtype, quantize)
+    if quantize and isinstance(model, DecodingLlama):
+        print(f"int8 weights: the largest error of a weight is {model.error:.2g}")
+    return model
+
+
+def generate_texts(
+    llama: Llama,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    temperature: float,
+    options: GenerateOptions,
+) -> list[str]:
+    """Continue each prompt `options.num_samples` times, and print the texts.
+
+    A text depends on its prompt and the seed alone: each sample has its own generator, and rows
+    share a batch only if they do not attend to each other's padding and padding does not change
+    their rounding.
+
+    Args:
+        llama: as `prepare_for_decoding` returned it.
+        tokenizer: the checkpoint's.
+        prompts: the texts to continue.
+        temperature: 0 gives one text per prompt, since all samples would be equal.
+        options: how to sample, and when to stop.
+
+    Returns:
+        Prompts with their continuations.
+    """
+    samples = [
+        (tokenizer.encode(prompt, bos=True, eos=False), options.seed + i)
+        for prompt in prompts
+        for i in range(options.num_samples if temperature else 1)
+    ]
+    stop_ids = {tokenizer.bos_id, tokenizer.eos_id} if options.stop_at_eos else set()
+    can_share = isinstance(llama, DecodingLlama) and llama.dtype == torch.float32
+    size = options.batch_size if can_share and not options.stream else 1
+    device = llama.output.weight.device
+    texts = []
+    for start in range(0, len(samples), size):
+        rows, seeds = zip(*samples[start : start + size], strict=True)
+        generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        sampler = Sampler(temperature, options.top_k, options.top_p, generators)
+        # Padded on the left, so that all rows continue in the same column.
+        idx = pad_sequence(
+            [torch.tensor(row) for row in rows],
+            batch_first=True,
+            padding_value=tokenizer.pad_id,
+            padding_side="left",
+        ).to(device)  # (batch, seq)
+        padding = None
+        if len(rows) > 1:
+            padding = torch.tensor([idx.shape[1] - len(row) for row in rows], device=device)
+        columns = stream(llama, idx, options.max_new_tokens, sampler, padding)
+        if options.stream:
+            tokens = (token for _, token in until_stop(columns, stop_ids))
+            parts = []
+            for part in decode_stream(tokenizer, itertools.chain(rows[0], tokens)):
+                print(part, end="", flush=True)
+                parts.append(part)
+            texts.append("".join(parts))
+            print(f"\n{DIVIDER}")
+        else:
+            for index, token in until_stop(columns, stop_ids):
+                rows[index].append(token)
+            texts += [tokenizer.decode(row) for row in rows]
+            print("".join(f"{text}\n{DIVIDER}\n" for text in texts[start:]), end="")
+    return texts
+
+
+def until_stop(columns: Iterable[Tensor], stop_ids: Set[int]) -> Iterator[tuple[int, int]]:
+    """Yield each new token with the index of its row, up to the row's first stop token.
+
+    Args:
+        columns: (batch, 1) each, in the order they are generated; none is asked for after all rows
+            have stopped.
+        stop_ids: the stop tokens, which are left out.
+    """
+    stopped: set[int] = set()
+    for column in columns:
+        for index, token in enumerate(column.flatten().tolist()):
+            if token in stop_ids:
+                stopped.add(index)
+            if index not in stopped:
+                yield index, token
+        if len(stopped) == len(column):
+            return
+
+
+def decode_stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
+    """Yield the text of token ids as they come, in parts that join to `tokenizer.decode(ids)`.
+
+    A part is held back while it ends within a character: a character may take several byte pieces,
+    and until all of them have come, decoding gives U+FFFD.
+    """
+    tokens: list[int] = []
+    # SentencePiece drops a leading space, so a part is decoded together with the part before it,
+    # which starts at `previous`. The text of all tokens before `done` has been yielded.
+    previous, done = 0, 0
+    for token in ids:
+        tokens.append(token)
+        yielded, text = tokenizer.decode(tokens[previous:done]), tokenizer.decode(tokens[previous:])
+        if len(text) > len(yielded) and not text.endswith("\ufffd"):
+            yield text[len(yielded) :]
+            # A part that is only a space cannot be the left neighbour: decoding would drop it.
+            if tokenizer.decode(tokens[done:]).strip():
+                previous = done
+            done = len(tokens)
+    yielded, text = tokenizer.decode(tokens[previous:done]), tokenizer.decode(tokens[previous:])
+    if len(text) > len(yielded):
+        yield text[len(yielded) :]

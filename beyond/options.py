@@ -1,0 +1,529 @@
+"""The options of `run_llama.py`: each flag is declared once, in the dataclass that uses it.
+
+There is one frozen dataclass per task. It inherits from one dataclass for each group of tasks that
+share flags. The parser (`command_line.py`), the refusal of flags that a task does not use, and the
+hyperparameters that are recorded all follow from these declarations.
+
+Like `command_line.py`, this module imports neither PyTorch nor NumPy.
+"""
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from config import LlamaConfig
+from utils import LARGEST_INT, at_least_one
+
+TASK_NAMES = ("generate", "prompt", "finetune", "pretrain")
+CHECKPOINT = "stories42M.pt"
+LARGEST_FLOAT32 = 3.4028234663852886e38
+
+
+# ------------------------------------------------------------------------------- argument types
+
+
+def seed_number(text: str) -> int:
+    """Convert an argument to an integer that every random generator takes as a seed."""
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{value} is not in 0 to 2^32 - 1")
+    return value
+
+
+def seed_list(text: str) -> tuple[int, ...]:
+    """Convert an argument such as 1,2,3 to two or more different seeds."""
+    values = tuple(seed_number(part) for part in text.split(","))
+    if len(values) < 2 or len(set(values)) < len(values):
+        raise argparse.ArgumentTypeError(f"{text} is not a list of two or more different seeds")
+    return values
+
+
+def non_negative(text: str) -> float:
+    """Convert an argument to a number from 0 to the largest float32."""
+    value = float(text)
+    if not 0 <= value <= LARGEST_FLOAT32:
+        raise argparse.ArgumentTypeError(f"{value} is not between 0 and the largest float32")
+    return value
+
+
+def non_negative_int(text: str) -> int:
+    """Convert an argument to an integer from 0 to `LARGEST_INT`."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is below 0")
+    if value > LARGEST_INT:
+        raise argparse.ArgumentTypeError(f"{value} is above {LARGEST_INT}")
+    return value
+
+
+def probability(text: str) -> float:
+    """Convert an argument to a probability above 0."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{value} is not in (0, 1]")
+    return value
+
+
+def dropout_probability(text: str) -> float:
+    """Convert an argument to a probability below 1."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not in [0, 1)")
+    return value
+
+
+# ----------------------------------------------------------------------------------------- flags
+
+
+@dataclass(frozen=True)
+class Flag:
+    """How a field of an options dataclass is given on the command line.
+
+    Attributes:
+        help: what it means, with its unit; the default is added if it is a constant.
+        recorded: whether it is a hyperparameter: whether a run with another value is another run.
+        spelling: the assignment's, if it is not the field's name.
+        parsing: further arguments for `ArgumentParser.add_argument`.
+    """
+
+    help: str
+    recorded: bool = True
+    spelling: str | None = None
+    parsing: Mapping[str, Any] = field(default_factory=dict)
+
+
+def flag(
+    help_text: str,
+    default: Any = MISSING,
+    *,
+    recorded: bool = True,
+    spelling: str | None = None,
+    **parsing: Any,
+) -> Any:
+    """Declare a field that a flag sets; without a default, `get_args` works it out."""
+    declared = Flag(help_text, recorded, spelling, parsing)
+    return field(default=default, metadata={"flag": declared})
+
+
+def switch(help_text: str, *, recorded: bool = True) -> Any:
+    """Declare a field that is False unless its flag is given."""
+    return flag(help_text, False, recorded=recorded, action="store_true")
+
+
+def text_files(split: str) -> dict[str, Flag]:
+    """Declare the flag of a split that one task reads from one file, another from several."""
+    help_text = (
+        f"UTF-8 lines `label ||| sentence` (default: data/cfimdb-{split}.txt); pretrain also "
+        "takes plain text, and several files"
+    )
+    return {"flag": Flag(help_text, parsing={"nargs": "+", "metavar": "FILE"})}
+
+
+TRAIN, DEV = text_files("train"), text_files("dev")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskOptions:
+    """Options of every task."""
+
+    option: str = flag("the task", "generate", choices=TASK_NAMES)
+    seed: int = flag("random seed", 1337, type=seed_number)
+    use_gpu: bool = switch("run on CUDA; without a CUDA device this is an error", recorded=False)
+    pretrained_model_path: str | None = flag(  # None: pretraining starts with a new model
+        f"checkpoint (default: {CHECKPOINT}; if that is missing, the demo's)",
+        spelling="pretrained-model-path",
+    )
+    tokenizer_path: str = flag(
+        "SentencePiece model (default: tokenizer.model in the checkpoint's folder)"
+    )
+    max_sentence_len: int | None = flag(
+        "truncate each text to this many tokens, BOS not counted", None, type=at_least_one
+    )
+    causal: bool | None = flag(  # None: the checkpoint decides
+        "causal attention, and classify from each sentence's last token (default: from the "
+        "checkpoint; off if the checkpoint does not say)",
+        None,
+        recorded=False,  # the mode in force is recorded, see runtime.py
+        action=argparse.BooleanOptionalAction,
+    )
+    dtype: str | None = flag(  # None: bfloat16 if the hardware has it
+        "dtype of the large matrix products (default: float32; for --quantize bfloat16; for "
+        "pretrain bfloat16 if the hardware has it)",
+        recorded=False,  # likewise
+        choices=("float32", "bfloat16"),
+    )
+    batch_size: int = flag(
+        "sentences per batch; for pretrain blocks of max_seq_len tokens", 8, type=at_least_one
+    )
+    notes: tuple[str, ...] = ()  # which default files the demo stands in for; not a flag
+
+    reads: ClassVar[tuple[str, ...]] = ()  # fields that name the data files that the task reads
+    writes: ClassVar[tuple[str, ...]] = ()  # fields that name its results
+
+    @property
+    def input_files(self) -> tuple[str, ...]:
+        """The files that the task reads."""
+        data = [path for name in self.reads for path in as_tuple(getattr(self, name))]
+        return tuple(filter(None, (self.pretrained_model_path, self.tokenizer_path, *data)))
+
+    @property
+    def output_files(self) -> tuple[str, ...]:
+        """The files that the task writes."""
+        return tuple(getattr(self, name) for name in self.writes)
+
+    def hyperparameters(self) -> dict[str, str]:
+        """Return the options that identify a run: one with other values is another run."""
+        flags = flags_of(type(self))
+        return {name: str(getattr(self, name)) for name in flags if flags[name].recorded}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(TaskOptions):
+    """Options of `--option generate`."""
+
+    prompt: tuple[str, ...] = flag(
+        "text to continue, - for standard input; may be repeated (default: the assignment's)",
+        action="append",
+    )
+    max_new_tokens: int = flag("number of tokens to generate", 75, type=at_least_one)
+    temperature: float | None = flag(
+        "divides the logits before the softmax; 0: always the token with the highest logit "
+        "(default: one text at 0 and one at 1)",
+        None,
+        type=non_negative,
+    )
+    top_k: int = flag("sample from the k likeliest tokens; 0: from all", 0, type=non_negative_int)
+    top_p: float = flag(
+        "nucleus sampling: sample from the smallest set of tokens with this total probability",
+        1.0,
+        type=probability,
+    )
+    num_samples: int = flag("texts per prompt", 1, type=at_least_one)
+    stop_at_eos: bool = switch("end a text at EOS or BOS")
+    stream: bool = switch("print each text while it is generated")
+    quantize: str | None = flag(
+        "store the weight matrices as int8 (causal mode on the CPU)", None, choices=("int8",)
+    )
+    generated_sentence_low_temp_out: str = flag(
+        "file of the text at temperature 0 (default: output/task_1/generated-sentence-temp-0.txt)"
+    )
+    generated_sentence_high_temp_out: str = flag(
+        "file of the text at temperature 1, or --temperature (default: "
+        "output/task_1/generated-sentence-temp-<temperature>.txt)"
+    )
+
+    def __post_init__(self) -> None:
+        if self.quantize and self.dtype == "float32":
+            raise ValueError("--quantize int8 computes in bfloat16, not in --dtype float32")
+        if self.prompt.count("-") > 1:
+            raise ValueError("--prompt -: standard input can be read only once")
+
+    @property
+    def outfiles(self) -> dict[float, str]:
+        """The output file of each temperature."""
+        low, high = self.generated_sentence_low_temp_out, self.generated_sentence_high_temp_out
+        if self.temperature is None:
+            return {0.0: low, 1.0: high}
+        return {self.temperature: high if self.temperature else low}
+
+    @property
+    def output_files(self) -> tuple[str, ...]:
+        """The files that the task writes."""
+        return tuple(self.outfiles.values())
+
+    @property
+    def needs_decoding(self) -> bool:
+        """Whether the texts need more than the assignment's own loop, `Llama.generate`."""
+        names = ("top_k", "top_p", "num_samples", "stop_at_eos", "stream")
+        return any(getattr(self, name) != getattr(GenerateOptions, name) for name in names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(TaskOptions):
+    """Options of the tasks that read data files."""
+
+    dataset: str = flag(
+        "sets the data files and the names of all results", choices=("sst", "cfimdb", "demo")
+    )
+    deterministic: bool = switch(
+        "use deterministic operations only: runs on the same machine give the same numbers, on "
+        "CUDA too, where it takes longer"
+    )
+    compile: bool = switch("compile the model's layers: starts slowly, then runs faster")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions(DataOptions):
+    """Options of the tasks that classify labelled sentences."""
+
+    train: str = field(metadata=TRAIN)
+    dev: str = field(metadata=DEV)
+    test: str = flag(
+        "UTF-8 lines `label ||| sentence`, with label -1 if it is not known "
+        "(default: data/cfimdb-test.txt)",
+        metavar="FILE",
+    )
+    label_names: str = flag(
+        "JSON list of label words (default: data/cfimdb-label-mapping.json)",
+        spelling="label-names",
+        metavar="FILE",
+    )
+    dev_out: str = flag(
+        "dev predictions, in a file named ...dev-prompting-output.txt or "
+        "...dev-finetuning-output.txt (default: output/task_{2,3}/<dataset>-dev-...)"
+    )
+    test_out: str = flag(
+        "test predictions, in a file named ...test-prompting-output.txt or "
+        "...test-finetuning-output.txt (default: output/task_{2,3}/<dataset>-test-...)"
+    )
+
+    results: ClassVar[str]  # default folder and kind of the prediction files
+
+    def __post_init__(self) -> None:
+        for name, path in (("dev_out", self.dev_out), ("test_out", self.test_out)):
+            ending = self.ending(name.removesuffix("_out"))
+            if not path.endswith(ending):
+                raise ValueError(f"--{name} {path}: must end in {ending}")
+
+    @property
+    def data_files(self) -> dict[str, str]:
+        """The files that the task reads, by split."""
+        splits = ("train", "dev", "test")
+        return {split: getattr(self, split) for split in splits if split in self.reads}
+
+    @property
+    def prediction_files(self) -> dict[str, str]:
+        """The files of the predictions, by split."""
+        return {"dev": self.dev_out, "test": self.test_out}
+
+    @classmethod
+    def ending(cls, split: str) -> str:
+        """Return how the name of a prediction file has to end."""
+        return f"{split}-{Path(cls.results).name}-output.txt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions(EvaluationOptions):
+    """Options of `--option prompt`."""
+
+    reads = ("label_names", "dev", "test")
+    writes = ("dev_out", "test_out")
+    results = "output/task_2/prompting"
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a training run needs to know besides its model, optimizer and data."""
+
+    filepath: str  # of the result
+    log_folder: Path  # where TensorBoard finds the runs
+    input_files: tuple[str, ...]
+    hyperparameters: Mapping[str, str]
+    seed: int  # of the order of the data
+    epochs: int
+    batch_size: int
+    micro_batch_size: int | None  # rows that are computed at a time; None: all
+    save_every: int | None  # steps; None: after each epoch
+    resume: bool
+
+    @property
+    def training_checkpoint(self) -> Path:
+        """Where the run is saved until it is complete."""
+        return training_checkpoint(self.filepath)
+
+
+def training_checkpoint(filepath: str) -> Path:
+    """Return where a run is saved, beside its result."""
+    return Path(f"{filepath}.state")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions(DataOptions):
+    """Options of the tasks that train."""
+
+    epochs: int = flag("passes over the training data", 5, type=at_least_one)
+    lr: float = flag(
+        "learning rate of AdamW (default: 2e-5); for pretrain its peak (default: 1e-3 for a new "
+        "model, else 1e-4)",
+        type=non_negative,
+    )
+    dropout: float | None = flag(
+        "dropout probability on embeddings and inside the layers (default: the checkpoint's; 0 "
+        "for a new model)",
+        None,
+        type=dropout_probability,
+    )
+    filepath: str = flag(
+        "result: the best classifier (default: output/task_3/<dataset>-finetune-<epochs>-<lr>.pt) "
+        "or language model (default: output/pretrain/<dataset>-<epochs>-<lr>/model.pt)"
+    )
+    micro_batch_size: int | None = flag(
+        "compute this many rows of a batch at a time, which takes less memory (default: all)",
+        None,
+        recorded=False,
+        type=at_least_one,
+    )
+    save_every: int | None = flag(
+        "write a training checkpoint after every so many steps (default: after each epoch)",
+        None,
+        recorded=False,
+        type=at_least_one,
+    )
+    resume: bool = switch("resume the interrupted run of this --filepath", recorded=False)
+
+    @property
+    def log_folder(self) -> Path:
+        """The folder in which TensorBoard finds the runs."""
+        return Path(self.filepath).parent
+
+    @property
+    def run(self) -> RunOptions:
+        """The part of the options that a training run needs."""
+        return RunOptions(
+            filepath=self.filepath,
+            log_folder=self.log_folder,
+            input_files=self.input_files,
+            hyperparameters=self.hyperparameters(),
+            seed=self.seed,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            micro_batch_size=self.micro_batch_size,
+            save_every=self.save_every,
+            resume=self.resume,
+        )
+
+    @property
+    def training_checkpoints(self) -> tuple[Path, ...]:
+        """Where the task's runs are saved until they are complete."""
+        return (training_checkpoint(self.filepath),)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneOptions(EvaluationOptions, TrainingOptions):
+    """Options of `--option finetune`."""
+
+    hidden_dropout_prob: float = flag(
+        "dropout probability before the classifier's head", 0.3, type=dropout_probability
+    )
+    seeds: tuple[int, ...] = flag(
+        "finetune once with each of these seeds, such as 1,2,3; writes mean and standard deviation",
+        (),
+        recorded=False,
+        type=seed_list,
+    )
+
+    reads = ("label_names", "dev", "test", "train")
+    writes = ("dev_out", "test_out", "filepath")
+    results = "output/task_3/finetuning"
+
+    @property
+    def log_folder(self) -> Path:
+        """The folder in which TensorBoard finds the runs."""
+        return Path(self.dev_out).parent
+
+    @property
+    def seeds_file(self) -> Path:
+        """Where the accuracies of several seeds are written."""
+        return Path(self.filepath).with_suffix(".seeds.json")
+
+    def per_seed(self) -> "list[FinetuneOptions]":
+        """Return the options of one run per seed, each with results of its own."""
+        return [self.for_seed(seed) for seed in self.seeds]
+
+    def for_seed(self, seed: int) -> "FinetuneOptions":
+        """Return the options of the run with one of several seeds."""
+        path = Path(self.filepath)
+        filepath = str(path.with_name(f"{path.stem}-seed-{seed}{path.suffix}"))
+
+        def name(split: str, path: str) -> str:
+            ending = self.ending(split)
+            return f"{path.removesuffix(ending)}seed-{seed}-{ending}"
+
+        return replace(
+            self,
+            seed=seed,
+            seeds=(),
+            filepath=filepath,
+            dev_out=name("dev", self.dev_out),
+            test_out=name("test", self.test_out),
+            resume=self.resume and training_checkpoint(filepath).exists(),
+        )
+
+    @property
+    def training_checkpoints(self) -> tuple[Path, ...]:
+        """Where the task's runs are saved until they are complete."""
+        runs = self.per_seed() if self.seeds else [self]
+        return tuple(training_checkpoint(run.filepath) for run in runs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainOptions(TrainingOptions):
+    """Options of `--option pretrain`."""
+
+    train: tuple[str, ...] = field(metadata=TRAIN)
+    dev: tuple[str, ...] = field(metadata=DEV)
+    dim: int | None = flag(
+        f"starts a new model: its hidden size (default: {LlamaConfig.dim})", None, type=at_least_one
+    )
+    n_layers: int | None = flag(
+        f"starts a new model: its layers (default: {LlamaConfig.n_layers})", None, type=at_least_one
+    )
+    n_heads: int | None = flag(
+        f"starts a new model: its query heads (default: {LlamaConfig.n_heads})",
+        None,
+        type=at_least_one,
+    )
+    n_kv_heads: int | None = flag(
+        "starts a new model: its key/value heads (default: as many as query heads)",
+        None,
+        type=at_least_one,
+    )
+    max_seq_len: int | None = flag(
+        "tokens per block, and the longest sequence that the model takes (default: the "
+        f"checkpoint's; {LlamaConfig.max_seq_len} for a new model)",
+        None,
+        type=at_least_one,
+    )
+    store_dtype: str = flag(
+        "dtype of the weights in the result", "float32", choices=("float32", "bfloat16", "float16")
+    )
+
+    reads = ("train", "dev")
+    writes = ("filepath",)
+    shape_names: ClassVar[tuple[str, ...]] = ("dim", "n_layers", "n_heads", "n_kv_heads")
+
+    def __post_init__(self) -> None:
+        if self.causal is False:
+            raise ValueError(
+                "--no-causal: pretraining needs causal attention; without the mask the model "
+                "would see the tokens that it has to predict"
+            )
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """The sizes of a new model that were given; empty if a checkpoint is trained further."""
+        sizes = {name: getattr(self, name) for name in self.shape_names}
+        return {name: size for name, size in sizes.items() if size is not None}
+
+
+Options = GenerateOptions | PromptOptions | FinetuneOptions | PretrainOptions
+TASKS: dict[str, type[Options]] = dict(
+    zip(TASK_NAMES, (GenerateOptions, PromptOptions, FinetuneOptions, PretrainOptions), strict=True)
+)
+
+
+def as_tuple(value: str | tuple[str, ...]) -> tuple[str, ...]:
+    """Return one path or several as a tuple."""
+    return (value,) if isinstance(value, str) else value
+
+
+def flags_of(task: type[TaskOptions]) -> dict[str, Flag]:
+    """Return the flags of a task by the names of their fields."""
+    return {f.name: f.metadata["flag"] for f in fields(task) if "flag" in f.metadata}
+
+
+def tasks_of(name: str) -> tuple[str, ...]:
+    """Return the tasks that have a flag."""
+    return tuple(task for task, options in TASKS.items() if name in flags_of(options))

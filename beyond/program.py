@@ -1,0 +1,82 @@
+"""From a command line to an exit status: signals, processes, and one line for every error."""
+
+import io
+import sys
+from collections.abc import Callable
+
+from beyond.command_line import check_files, say
+from beyond.interrupts import Interrupted, signals_raise
+from beyond.options import DataOptions, FinetuneOptions, Options, TrainingOptions
+from beyond.processes import end_processes, is_lost_process, is_main_process, start_processes
+from beyond.runtime import is_out_of_memory, require_determinism, resolve_device
+from utils import describe_error
+
+
+def run_program(get_options: Callable[[], Options], task: Callable[[Options], None]) -> int:
+    """Run a task and report its errors.
+
+    Args:
+        get_options: reads the command line.
+        task: called with the options, after the checks that need no model.
+
+    Returns:
+        The exit status: 0, 2 after an error, 128 + signal after SIGINT or SIGTERM.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Line by line, so that a log file shows a run's progress. Characters that the terminal
+        # cannot show are escaped.
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    options = None
+    with signals_raise():
+        try:
+            options = get_options()
+            start(options)
+            task(options)
+            end_processes()
+        except Interrupted as interrupt:
+            if is_main_process():
+                say("interrupted" + resume_hint(options))
+            return 128 + interrupt.number
+        except (ValueError, OSError) as error:
+            say(f"error: {describe_error(error)}")
+            return 2
+        except Exception as error:
+            if is_out_of_memory(error):
+                say(f"error: {memory_advice(options)}")
+                return 2
+            if is_lost_process(error):
+                say(f"error: lost another process: {describe_error(error)}")
+                return 1
+            raise
+    return 0
+
+
+def start(options: Options) -> None:
+    """Check device and files, join torchrun's processes, and print the notes."""
+    resolve_device(options.use_gpu)
+    check_files(options)
+    start_processes(options.use_gpu)
+    if isinstance(options, DataOptions) and options.deterministic:
+        require_determinism()
+    if is_main_process():
+        for note in options.notes:
+            say(f"note: {note}")
+
+
+def resume_hint(options: Options | None) -> str:
+    """Return how to resume, to be added to a message; empty if nothing can be resumed."""
+    if not isinstance(options, TrainingOptions):
+        return ""
+    files = list(options.training_checkpoints)
+    if isinstance(options, FinetuneOptions) and options.seeds:
+        files.append(options.seeds_file)
+    if not any(path.exists() for path in files):
+        return ""
+    return "; the same command with --resume continues where it stopped"
+
+
+def memory_advice(options: Options | None) -> str:
+    """Return what to do about too little memory."""
+    if isinstance(options, TrainingOptions):
+        return "out of memory; compute fewer rows at a time with --micro_batch_size"
+    return "out of memory; try a smaller --batch_size"

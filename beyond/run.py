@@ -1,0 +1,391 @@
+"""A training run that can be interrupted between any two steps, and resumed bit for bit.
+
+Its training checkpoint lies beside its result, in `<filepath>.state`. It is written after every
+`save_every` steps or after each epoch, and when a signal asks the program to end.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from base_llama import is_dense_float, load_safely, write_checkpoint
+from beyond.batches import Loader, TrainingBatch
+from beyond.interrupts import Interrupted, signals_wait, stop_if_asked
+from beyond.logs import EpochTotals, StepLog, StepLoss, open_writer
+from beyond.options import RunOptions
+from beyond.processes import (
+    backward_in_micro_batches,
+    broadcast_object,
+    gather,
+    is_main_process,
+    parallelise,
+    progress,
+    rank,
+)
+from beyond.runtime import Runtime
+from utils import LARGEST_INT, fingerprint, remove_leftovers
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a run has come: `step` steps of epoch `epoch` are done. Both count from 0."""
+
+    epoch: int = 0
+    step: int = 0
+
+    def __post_init__(self) -> None:
+        if not all(0 <= number <= LARGEST_INT for number in (self.epoch, self.step)):
+            raise ValueError(f"there is no step {self.step} of epoch {self.epoch}")
+
+
+class TrainingRun[B: TrainingBatch]:
+    """The state of a training run, and its loops over epochs and batches.
+
+    `start_run` makes one.
+
+    Args:
+        model: what is trained; it stays the plain model in `model`.
+        optimizer: of the model's parameters, with the state of this project's `AdamW`.
+        loader: the batches of an epoch, in a new order for each.
+        generator: the loader's source of randomness.
+        options: how many epochs, where the result is, when to save.
+        hyperparameters: names and values that identify the run; a training checkpoint with other
+            ones is refused.
+
+    Attributes:
+        position: how far the run has come.
+        best: the best score so far, or None.
+        writer, step_log: TensorBoard's writer and the curves of each step; `start_run` sets them.
+    """
+
+    writer: Any
+    step_log: StepLog
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        loader: Loader[B],
+        generator: torch.Generator,
+        options: RunOptions,
+        hyperparameters: Mapping[str, str],
+    ) -> None:
+        self.model = model
+        self.parallel_model = parallelise(model)
+        self.optimizer = optimizer
+        self.loader = loader
+        self.generator = generator
+        self.options = options
+        self.hyperparameters = hyperparameters
+        self.position = Position()
+        self.best: float | None = None
+        self.totals = EpochTotals()
+        self.log_name = f"{Path(options.filepath).stem}-{datetime.now():%Y%m%d-%H%M%S}"
+        self.epoch_start_order = generator.get_state()  # the generator's, at the epoch's start
+        # PyTorch's random state at `position`, or None while PyTorch itself is in that state.
+        self.random_state: dict[str, Any] | None = None
+
+    @property
+    def step(self) -> int:
+        """The number of steps that are done in all epochs."""
+        return self.position.epoch * len(self.loader) + self.position.step
+
+    def epochs(self) -> Iterator[int]:
+        """Yield the epochs that are still to do, from the current one on."""
+        while self.position.epoch < self.options.epochs:
+            yield self.position.epoch
+            self.position = Position(self.position.epoch + 1)
+            self.epoch_start_order = self.generator.get_state()
+            self.random_state = None
+            self.step_log.start_epoch()
+            if self.options.save_every is None or self.position.epoch == self.options.epochs:
+                self.save()
+
+    def batches(self) -> Iterator[B]:
+        """Yield the batches of the epoch that are still to do.
+
+        A batch counts as done when the next one is asked for. After each, the run may be saved and
+        interrupted.
+        """
+        # Making the iterator may draw from PyTorch's global generator. A run that is resumed at an
+        # epoch's start repeats that draw, so the saved random state is set before it. A run that
+        # is resumed later had made that draw before it was saved, so the state is set after it.
+        self.parallel_model.train()
+        if self.position.step == 0:
+            self._restore_random_state()
+        batches = iter(self.loader)
+        for _ in itertools.islice(batches, self.position.step):
+            pass
+        self._restore_random_state()
+        epoch, done = self.position.epoch, self.position.step
+        bar = progress(batches, desc=f"train-{epoch}", total=len(self.loader), initial=done)
+        for batch in bar:
+            yield batch
+            self.position = Position(epoch, self.position.step + 1)
+            if self.options.save_every and self.step % self.options.save_every == 0:
+                self.save()
+            stop_if_asked()
+        # The evaluation that follows may draw random numbers and be interrupted.
+        self.random_state = get_random_state()
+
+    def _restore_random_state(self) -> None:
+        if self.random_state is not None:
+            set_random_state(self.random_state)
+            self.random_state = None
+
+    def backward(self, loss_fn: Callable[..., Tensor], batch: B, divisor: int) -> StepLoss:
+        """Add the gradient of a batch's loss to each parameter's `grad`.
+
+        With one process and without micro-batches this is
+        `(loss_fn(model, *batch.tensors) / divisor).backward()`.
+
+        Args:
+            loss_fn: returns the sum of the losses of some rows, as a scalar.
+            batch: the current batch.
+            divisor: the sum of all rows' losses is divided by it.
+        """
+        value = backward_in_micro_batches(
+            loss_fn, self.parallel_model, batch.tensors, divisor, self.options.micro_batch_size
+        )
+        return StepLoss(value, divisor, batch)
+
+    def log(self, loss: StepLoss) -> None:
+        """Write the loss of a step to TensorBoard, and add it to the epoch's loss.
+
+        Raises:
+            ValueError: one of the last losses is infinite or NaN.
+        """
+        self.step_log.add(loss, self.optimizer.param_groups[0]["lr"])
+
+    def epoch_totals(self) -> EpochTotals:
+        """Return the sums over the steps of this epoch.
+
+        Raises:
+            ValueError: one of the last losses is infinite or NaN.
+        """
+        self.step_log.write()
+        return self.step_log.totals
+
+    def is_best(self, score: float) -> bool:
+        """Return whether an epoch's score is the highest so far, and remember it if it is."""
+        if self.best is not None and score <= self.best:
+            return False
+        self.best = score
+        return True
+
+    def save(self) -> None:
+        """Write the training checkpoint, completely or not at all.
+
+        Raises:
+            ValueError: a loss or a weight is infinite or NaN; the last good checkpoint stays.
+        """
+        self.step_log.write()
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            raise ValueError(
+                f"step {self.step - 1}: made weights that are infinite or NaN; try a lower --lr"
+            )
+        state = self.state_dict()  # all processes take part
+        if is_main_process():
+            write_checkpoint(self.options.training_checkpoint, state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors and plain values from which `load_state_dict` resumes the run."""
+        return {
+            "hyperparameters": dict(self.hyperparameters),
+            "position": asdict(self.position),
+            "best": self.best,
+            "totals": asdict(self.step_log.totals),
+            "order": self.epoch_start_order,
+            "random": gather(self.random_state or get_random_state()),  # by rank
+            "log": self.log_name,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict()["state"],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned.
+
+        Raises:
+            Exception: of any kind, since a file may hold anything; `resume` catches it.
+        """
+        self.position = Position(**{name: int(state["position"][name]) for name in POSITION})
+        self.totals = EpochTotals(**{name: float(state["totals"][name]) for name in TOTALS})
+        self.best = None if state["best"] is None else float(state["best"])
+        if self.best is not None and is_main_process() and not Path(self.options.filepath).exists():
+            raise ValueError(f"{self.options.filepath}, the best epoch's result, is missing")
+        self.epoch_start_order = state["order"]
+        self.generator.set_state(self.epoch_start_order)
+        # None if the saved run had fewer processes: this one keeps its own random state.
+        self.random_state = dict(enumerate(state["random"])).get(rank())
+        if self.random_state is not None:
+            set_random_state(self.random_state)
+        if not state["log"].startswith(f"{Path(self.options.filepath).stem}-"):
+            raise ValueError(f"{state['log']!r} is not a log of this run")
+        self.log_name = state["log"]
+        for name, tensor in self.model.state_dict().items():
+            check_fit(state["model"][name], tensor, name)
+        self.model.load_state_dict(state["model"])
+        load_optimizer_state(self.optimizer, state["optimizer"])
+
+
+POSITION, TOTALS = ("epoch", "step"), ("loss", "tokens", "padded_tokens")
+
+
+@contextmanager
+def start_run[B: TrainingBatch](
+    model: nn.Module,
+    optimizer: Optimizer,
+    make_loader: Callable[[int, torch.Generator], Loader[B]],
+    options: RunOptions,
+    runtime: Runtime,
+) -> Iterator[TrainingRun[B]]:
+    """Start a training run, or resume it if the options say so.
+
+    In the context signals wait until a step is complete; then the run is saved and `Interrupted`
+    is raised.
+
+    Args:
+        model, optimizer: what is trained, and how.
+        make_loader: called with the batch size and a source of randomness.
+        options: of the run.
+        runtime: recorded with the hyperparameters.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no training checkpoint to resume from, or it is the
+            one of another run.
+    """
+    hyperparameters = {**options.hyperparameters, **runtime.hyperparameters()}
+    for path in options.input_files:
+        hyperparameters[f"SHA-256 of {path}"] = fingerprint(path)
+    generator = torch.Generator().manual_seed(options.seed)
+    loader = make_loader(options.batch_size, generator)
+    run = TrainingRun(model, optimizer, loader, generator, options, hyperparameters)
+    if options.resume:
+        resume(run)
+    with signals_wait():
+        folder = options.log_folder / run.log_name
+        with closing(open_writer(folder, hyperparameters, run.step)) as run.writer:
+            run.step_log = StepLog(run.writer, run.step, run.totals)
+            try:
+                yield run
+            except Interrupted:
+                run.save()
+                raise
+
+
+def resume(run: TrainingRun[Any]) -> None:
+    """Load the training checkpoint of an interrupted run.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, or it is the one of another run.
+    """
+    path = run.options.training_checkpoint
+    state = broadcast_object(lambda: read_training_checkpoint(path, run.hyperparameters))
+    try:
+        run.load_state_dict(state)
+    except Exception as error:  # anything may be wrong in a file that somebody has changed
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: cannot resume: {reason}") from None
+    if is_main_process():
+        remove_leftovers(path)
+        remove_leftovers(run.options.filepath)
+
+
+def read_training_checkpoint(path: Path, hyperparameters: Mapping[str, str]) -> dict[str, Any]:
+    """Read the training checkpoint of a run with these hyperparameters.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no file, or it is not a training checkpoint, or it
+            is the one of another run.
+    """
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path}: there is no training checkpoint; start without --resume (it is deleted once "
+            "a run is complete)"
+        )
+    state = load_safely(path)
+    saved = state.get("hyperparameters") if isinstance(state, dict) else None
+    if not isinstance(saved, dict):
+        if isinstance(state, dict) and "settings" in state:
+            raise ValueError(
+                f"{path}: an earlier version of this program wrote this training checkpoint; "
+                "finish the run with that version, or delete the file and start again"
+            )
+        raise ValueError(f"{path}: is not a training checkpoint")
+    check_hyperparameters(saved, hyperparameters, path)
+    return state
+
+
+def check_hyperparameters(
+    saved: Mapping[Any, Any], hyperparameters: Mapping[str, str], path: Path
+) -> None:
+    """Raise ValueError unless the run that wrote `path` has these hyperparameters.
+
+    The message names those that differ.
+    """
+    different = [
+        f"{name}={saved.get(name)}, now {hyperparameters.get(name)}"
+        for name in sorted(saved.keys() | hyperparameters.keys(), key=str)
+        if str(saved.get(name)) != str(hyperparameters.get(name))
+    ]
+    if different:
+        raise ValueError(
+            f"--resume: {path} belongs to a run with other settings: {'; '.join(different)}"
+        )
+
+
+def remove_training_checkpoint(path: Path) -> None:
+    """Delete the training checkpoint of a complete run."""
+    if is_main_process():
+        path.unlink(missing_ok=True)
+
+
+def get_random_state() -> dict[str, Any]:
+    """Return the states of PyTorch's global generators, the only ones that training draws from."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return {"torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Set the states that `get_random_state` returned."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def load_optimizer_state(optimizer: Optimizer, states: Mapping[int, Any]) -> None:
+    """Load steps and moments by parameter number; everything else is a hyperparameter.
+
+    Raises:
+        ValueError: they do not fit the parameters.
+    """
+    groups = optimizer.state_dict()["param_groups"]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    checked = {}
+    for number, state in states.items():
+        for key in ("exp_avg", "exp_avg_sq"):
+            check_fit(state[key], parameters[number], f"{key} of parameter {number}")
+        if type(state["step"]) is not int or not 1 <= state["step"] <= LARGEST_INT:
+            raise ValueError(f"the optimizer's step {state['step']!r} is not a number of steps")
+        # An expanded tensor has several elements in one place in memory; contiguous() gives each
+        # its own, since the optimizer changes them one by one.
+        moments = {key: state[key].contiguous() for key in ("exp_avg", "exp_avg_sq")}
+        checked[number] = {"step": state["step"], **moments}
+    optimizer.load_state_dict({"state": checked, "param_groups": groups})
+
+
+def check_fit(value: object, expected: Tensor, name: str) -> None:
+    """Raise ValueError unless a value of a file is a tensor of the expected shape."""
+    if not is_dense_float(value):
+        raise ValueError(f"{name} is not a tensor of floating-point numbers")
+    shape, expected_shape = tuple(cast(Tensor, value).shape), tuple(expected.shape)
+    if shape != expected_shape:
+        raise ValueError(f"{name} has shape {shape}, expected {expected_shape}")

@@ -1,0 +1,167 @@
+"""What is known only once PyTorch and the checkpoint are there: device, dtype and mode.
+
+Also what follows from them: how fast and how exactly matrix products are computed.
+"""
+
+import os
+import warnings
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from beyond.options import TaskOptions
+from llama import Llama, load_pretrained
+from tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The device, the dtype of matrix products, and the attention mode of a run."""
+
+    device: torch.device
+    dtype: torch.dtype  # float32 or bfloat16
+    causal: bool  # else reference mode
+
+    def __str__(self) -> str:
+        values = self.hyperparameters()
+        mode = "causal mode" if self.causal else "reference mode (attention without a mask)"
+        return f"computes in {values['dtype']} on {values['device']}, in {mode}"
+
+    def hyperparameters(self) -> dict[str, str]:
+        """Return names and values, to be recorded with the options."""
+        return {
+            "device": self.device.type,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "mode": "causal" if self.causal else "reference",
+        }
+
+    def autocast(self) -> torch.autocast:
+        """Return a scope for forward passes whose matrix products are computed in `dtype`.
+
+        Parameters, the residual stream and RMSNorm stay in float32.
+        """
+        enabled = self.dtype == torch.bfloat16
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+
+def resolve_runtime(options: TaskOptions, causal: bool) -> Runtime:
+    """Find the device and dtype that the options ask for, and print the result.
+
+    Without a dtype in the options, it is bfloat16 if the hardware has it.
+    """
+    device = resolve_device(options.use_gpu)
+    dtype = options.dtype or ("bfloat16" if has_bfloat16(device) else "float32")
+    runtime = Runtime(device, getattr(torch, dtype), causal)
+    print(runtime)
+    return runtime
+
+
+def load_model(
+    options: TaskOptions, dropout: float | None = None, max_seq_len: int | None = None
+) -> tuple[Llama, Tokenizer, Runtime]:
+    """Load the pretrained model, on the CPU, and its tokenizer, and find out how to compute.
+
+    Args:
+        options: say which checkpoint and tokenizer.
+        dropout, max_seq_len: override the checkpoint's own values unless None.
+
+    Raises:
+        FileNotFoundError, ValueError: a file cannot be used, or the vocabularies differ.
+    """
+    path = options.pretrained_model_path
+    assert path is not None, "the options ask for a new model"
+    tokenizer = Tokenizer(options.max_sentence_len, options.tokenizer_path)
+    llama = load_pretrained(path, options.causal, dropout, max_seq_len)
+    if tokenizer.n_words != llama.config.vocab_size:
+        raise ValueError(
+            f"{options.tokenizer_path}: has a vocabulary of {tokenizer.n_words}, but that of "
+            f"{path} is {llama.config.vocab_size}; use the checkpoint's own tokenizer "
+            "(--tokenizer_path)"
+        )
+    print(f"load model from {path}")
+    return llama, tokenizer, resolve_runtime(options, llama.config.causal)
+
+
+def resolve_device(use_gpu: bool) -> torch.device:
+    """Return the device of this process; under torchrun, process i of a machine gets GPU i.
+
+    Raises:
+        ValueError: a GPU is asked for and PyTorch finds none, or fewer than there are processes.
+    """
+    if not use_gpu:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "--use_gpu: PyTorch finds no CUDA device; leave the flag out to use the CPU"
+        )
+    number = int(os.environ.get("LOCAL_RANK", 0))
+    if number >= torch.cuda.device_count():
+        raise ValueError(
+            f"--use_gpu: PyTorch finds {torch.cuda.device_count()} CUDA devices on this machine, "
+            "fewer than processes; start fewer (--nproc_per_node)"
+        )
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Return whether the device computes matrix products of bfloat16 in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported()
+
+
+def require_determinism() -> None:
+    """Make PyTorch refuse operations whose results differ between runs on one machine."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it
+    torch.use_deterministic_algorithms(True)
+    print("uses deterministic operations only")
+
+
+def allow_tf32(runtime: Runtime) -> None:
+    """On CUDA, let float32 matrix products of a causal model use TF32, for the whole process."""
+    # Faithful: reference mode has to give float32 numbers, so only causal mode gets TF32.
+    if runtime.device.type == "cuda" and runtime.causal:
+        torch.set_float32_matmul_precision("high")
+        print("float32 matrix products use TF32")
+
+
+def prepare_model[M: nn.Module](model: M, runtime: Runtime, compile_layers: bool) -> M:
+    """Move a model to its device and let its forward pass use what is fast there.
+
+    That is: matrix products in the runtime's dtype (or TF32), and compiled layers if asked for.
+
+    Args:
+        model: a `Llama` is in its attribute `llama`; changed in place.
+        runtime: device, dtype and mode.
+        compile_layers: whether to compile them, for sequences of any length.
+
+    Returns:
+        The model.
+    """
+    allow_tf32(runtime)
+    if compile_layers:
+        # The rotary tables are cached; the compiler would warn that it ignores the cache.
+        warnings.filterwarnings("ignore", message=".*functools.lru_cache")
+        llama = cast(Llama, model.llama)
+        llama.compute_hidden = torch.compile(  # type: ignore[method-assign]
+            llama.compute_hidden, dynamic=True
+        )
+    model.forward = runtime.autocast()(model.forward)
+    return model.to(runtime.device)
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Move a batch's tensor to the device; the copy to a GPU runs in parallel with computation."""
+    if device.type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that a GPU or the machine has no memory left."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )

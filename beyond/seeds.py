@@ -1,0 +1,70 @@
+"""Several seeds: fine-tune once with each, and report mean and standard deviation."""
+
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from beyond.options import FinetuneOptions
+from beyond.processes import broadcast_object, is_main_process
+from beyond.run import check_hyperparameters
+from utils import fingerprint, open_atomically
+
+Finetune = Callable[[FinetuneOptions], tuple[float, float]]  # returns accuracy on dev and test
+
+
+def run_seeds(options: FinetuneOptions, finetune: Finetune) -> None:
+    """Fine-tune with each seed; print and write the accuracies, their mean and deviation.
+
+    Args:
+        options: of all runs.
+        finetune: runs one seed; handed over by `run_llama.main`.
+    """
+    settings = {k: v for k, v in options.hyperparameters().items() if k != "seed"}
+    settings |= {f"SHA-256 of {path}": fingerprint(path) for path in options.input_files}
+    path = options.seeds_file
+    accuracies: dict[str, list[float]] = {}
+    if options.resume and path.exists():
+        accuracies = broadcast_object(lambda: read_accuracies(path, settings))
+    for seed, seed_options in zip(options.seeds, options.per_seed(), strict=True):
+        if str(seed) not in accuracies:
+            print(f"seed {seed}")
+            accuracies[str(seed)] = list(finetune(seed_options))
+        done = [accuracies[str(seed)] for seed in options.seeds if str(seed) in accuracies]
+        summary = {split: summarise([pair[i] for pair in done]) for i, split in SPLITS}
+        if is_main_process():
+            with open_atomically(path) as file:
+                json.dump({"settings": settings, "accuracy": accuracies, **summary}, file, indent=2)
+    for split, values in summary.items():
+        mean, deviation = values.values()
+        print(f"{split} acc over {len(done)} seeds :: {mean:.3f} +- {deviation:.3f}")
+    print(f"Wrote the accuracies to {path}.")
+
+
+SPLITS = ((0, "dev"), (1, "test"))
+
+
+def summarise(values: Sequence[float]) -> dict[str, float]:
+    """Return mean and standard deviation (of the sample; 0 for a single value)."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {"mean": statistics.fmean(values), "standard deviation": deviation}
+
+
+def read_accuracies(path: Path, settings: Mapping[str, str]) -> dict[str, list[float]]:
+    """Read the accuracies on dev and test, by seed, that `run_seeds` has written.
+
+    Raises:
+        ValueError: `run_seeds` did not write the file, or wrote it for other settings.
+    """
+    try:
+        content: Any = json.loads(path.read_bytes())
+        accuracies = {
+            str(seed): [float(dev), float(test)]
+            for seed, (dev, test) in content["accuracy"].items()
+        }
+        saved = dict(content["settings"])
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise ValueError(f"{path}: does not hold the accuracies of several seeds") from None
+    check_hyperparameters(saved, settings, path)
+    return accuracies
