@@ -54,14 +54,16 @@ def answer_at_once() -> None:
         with quiet:  # --help prints and raises SystemExit
             check_files(get_args())
     except (ValueError, OSError) as error:
-        if is_main or (isinstance(error, OSError) and environment("LOCAL_RANK") == 0):
+        is_first_of_machine = os.environ.get("LOCAL_RANK") == "0"
+        if is_main or (isinstance(error, OSError) and is_first_of_machine):
             say(f"error: {describe_error(error)}")
         sys.exit(2)
 
 
 def environment(name: str) -> int:
     """Return a number that torchrun sets for each process; 0 without torchrun."""
-    return int(os.environ.get(name, 0))
+    value = os.environ.get(name, "")
+    return int(value) if value.isdecimal() else 0
 
 
 def say(message: str) -> None:
@@ -71,9 +73,6 @@ def say(message: str) -> None:
 
 
 # --------------------------------------------------------------------------------------- parsing
-
-
-NO_CONSTANT = (MISSING, None, False)  # defaults that the help does not show
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -94,8 +93,8 @@ def build_parser() -> argparse.ArgumentParser:
             if tasks not in groups:
                 title = "every task" if len(tasks) == len(TASKS) else ", ".join(tasks)
                 groups[tasks] = parser.add_argument_group(title)
-            has_constant = f.default != () and not any(f.default is x for x in NO_CONSTANT)
-            default = f" (default: {f.default})" if has_constant else ""
+            is_constant = not any(f.default is value for value in (MISSING, None, False, ()))
+            default = f" (default: {f.default})" if is_constant else ""
             groups[tasks].add_argument(
                 f"--{declared.spelling or f.name}",
                 dest=f.name,

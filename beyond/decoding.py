@@ -285,6 +285,33 @@ class DecodingLlama(Llama):
             h = h + layer.down(F.silu(gate) * up)
         return self.normalise(h).view(batch, seq, -1)
 
+    def new_caches(self, length: int) -> list[KVCache]:
+        """Make a cache for each layer, for `length` positions or as many as the model takes."""
+        capacity = min(length, self.config.max_seq_len)
+        return [KVCache(capacity) for _ in self.decoding_layers]
+
+    def compute_window(
+        self,
+        idx: Tensor,
+        window_start: int,
+        caches: Sequence[KVCache] | None,
+        padding: Tensor | None,
+    ) -> Tensor:
+        """Compute hidden states of the positions from `window_start` on that are not cached yet.
+
+        Args:
+            idx: (batch, seq), the whole context.
+            window_start: first column of the window.
+            caches: what they hold is not computed again.
+            padding: (batch,), the number of padding columns of each row, or None.
+        """
+        first_new = caches[0].length if caches else window_start
+        mask = None
+        if padding is not None:
+            make_mask = left_padding_mask if first_new == window_start else last_row_mask
+            mask = make_mask(padding - window_start, idx.shape[1] - window_start)
+        return self.compute_hidden(idx[:, first_new:], caches, mask)
+
     def generate(
         self,
         idx: Tensor,
@@ -415,33 +442,23 @@ def stream(
         ValueError: an argument is out of bounds (raised at the first next()).
     """
     check_context(idx, max_new_tokens)
-    max_seq_len = llama.config.max_seq_len
-    if not isinstance(llama, DecodingLlama):
-        if padding is not None:
-            raise ValueError("a model that is not a DecodingLlama would attend to the padding")
-        was_training = llama.training
-        llama.eval()
-        try:
-            for _ in range(max_new_tokens):
-                hidden = llama.compute_hidden(idx[:, -max_seq_len:])
-                next_token = sampler(llama.output(hidden[:, -1]))
-                yield next_token
-                idx = torch.cat((idx, next_token), dim=1)  # (batch, seq + 1)
-        finally:
-            llama.train(was_training)
-        return
-    capacity = min(idx.shape[1] + max_new_tokens, max_seq_len)
-    caches: list[KVCache] | None = [KVCache(capacity) for _ in llama.decoding_layers]
-    for _ in range(max_new_tokens):
-        window_start = max(0, idx.shape[1] - max_seq_len)
-        if window_start:
-            caches = None
-        first_new = caches[0].length if caches else window_start
-        mask = None
-        if padding is not None:
-            make_mask = left_padding_mask if first_new == window_start else last_row_mask
-            mask = make_mask(padding - window_start, idx.shape[1] - window_start)
-        hidden = llama.compute_hidden(idx[:, first_new:], caches, mask)
-        next_token = sampler(llama.output(hidden[:, -1]))
-        yield next_token
-        idx = torch.cat((idx, next_token), dim=1)  # (batch, seq + 1)
+    if padding is not None and not isinstance(llama, DecodingLlama):
+        raise ValueError("a model that is not a DecodingLlama would attend to the padding")
+    caches = None
+    if isinstance(llama, DecodingLlama):
+        caches = llama.new_caches(idx.shape[1] + max_new_tokens)
+    was_training = llama.training
+    llama.eval()
+    try:
+        for _ in range(max_new_tokens):
+            window_start = max(0, idx.shape[1] - llama.config.max_seq_len)
+            if isinstance(llama, DecodingLlama):
+                caches = None if window_start else caches
+                hidden = llama.compute_window(idx, window_start, caches, padding)
+            else:
+                hidden = llama.compute_hidden(idx[:, window_start:])
+            next_token = sampler(llama.output(hidden[:, -1]))
+            yield next_token
+            idx = torch.cat((idx, next_token), dim=1)  # (batch, seq + 1)
+    finally:
+        llama.train(was_training)

@@ -73,38 +73,55 @@ def generate_texts(
     ]
     stop_ids = {tokenizer.bos_id, tokenizer.eos_id} if options.stop_at_eos else set()
     can_share = isinstance(llama, DecodingLlama) and llama.dtype == torch.float32
-    size = options.batch_size if can_share and not options.stream else 1
+    batch_size = options.batch_size if can_share and not options.stream else 1
     device = llama.output.weight.device
-    texts = []
-    for start in range(0, len(samples), size):
-        rows, seeds = zip(*samples[start : start + size], strict=True)
+    texts: list[str] = []
+    for start in range(0, len(samples), batch_size):
+        rows, seeds = zip(*samples[start : start + batch_size], strict=True)
         generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
         sampler = Sampler(temperature, options.top_k, options.top_p, generators)
-        # Padded on the left, so that all rows continue in the same column.
-        idx = pad_sequence(
-            [torch.tensor(row) for row in rows],
-            batch_first=True,
-            padding_value=tokenizer.pad_id,
-            padding_side="left",
-        ).to(device)  # (batch, seq)
-        padding = None
-        if len(rows) > 1:
-            padding = torch.tensor([idx.shape[1] - len(row) for row in rows], device=device)
-        columns = stream(llama, idx, options.max_new_tokens, sampler, padding)
+        idx, padding = pad_left(rows, tokenizer.pad_id, device)
+        new_tokens = until_stop(
+            stream(llama, idx, options.max_new_tokens, sampler, padding), stop_ids
+        )
         if options.stream:
-            tokens = (token for _, token in until_stop(columns, stop_ids))
-            parts = []
-            for part in decode_stream(tokenizer, itertools.chain(rows[0], tokens)):
-                print(part, end="", flush=True)
-                parts.append(part)
-            texts.append("".join(parts))
-            print(f"\n{DIVIDER}")
+            tokens = itertools.chain(rows[0], (token for _, token in new_tokens))
+            texts.append(print_stream(decode_stream(tokenizer, tokens)))
         else:
-            for index, token in until_stop(columns, stop_ids):
+            for index, token in new_tokens:
                 rows[index].append(token)
             texts += [tokenizer.decode(row) for row in rows]
             print("".join(f"{text}\n{DIVIDER}\n" for text in texts[start:]), end="")
     return texts
+
+
+def pad_left(
+    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """Pad rows of token ids on the left, so that all of them continue in the same column.
+
+    Returns:
+        idx: (batch, seq), int64.
+        padding: (batch,), the number of padding columns of each row; None for a single row.
+    """
+    idx = pad_sequence(
+        [torch.tensor(row) for row in rows],
+        batch_first=True,
+        padding_value=pad_id,
+        padding_side="left",
+    )
+    padding = torch.tensor([idx.shape[1] - len(row) for row in rows], device=device)
+    return idx.to(device), padding if len(rows) > 1 else None
+
+
+def print_stream(parts: Iterable[str]) -> str:
+    """Print the parts of a text as they come, and return the text."""
+    printed = []
+    for part in parts:
+        print(part, end="", flush=True)
+        printed.append(part)
+    print(f"\n{DIVIDER}")
+    return "".join(printed)
 
 
 def until_stop(columns: Iterable[Tensor], stop_ids: Set[int]) -> Iterator[tuple[int, int]]:

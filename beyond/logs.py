@@ -118,37 +118,30 @@ class StepLog:
 
     Reading a loss waits for the device, so losses stay there until `STEPS_PER_WRITE` are collected.
 
-    Args:
-        writer: where they go.
-        step: number of the next step, counted over all epochs.
-        totals: of the steps of this epoch that are done.
+    Attributes:
+        totals: sums over the steps of this epoch that are written.
     """
 
     STEPS_PER_WRITE = 10
 
-    def __init__(self, writer: "SummaryWriter", step: int, totals: EpochTotals) -> None:
-        self.writer = writer
-        self.step = step
-        self.totals = totals
-        self.pending: list[tuple[StepLoss, float]] = []  # with the learning rate
-        self.last_write = time.perf_counter()
+    def __init__(self) -> None:
+        self.start_epoch()
 
     def start_epoch(self) -> None:
         """Forget the totals of the previous epoch."""
         self.totals = EpochTotals()
+        self.pending: list[tuple[int, StepLoss, float]] = []  # step, loss, learning rate
         self.last_write = time.perf_counter()
 
-    def add(self, loss: StepLoss, learning_rate: float) -> None:
-        """Add a step.
+    def add(self, step: int, loss: StepLoss, learning_rate: float) -> None:
+        """Collect a step, whose number counts over all epochs."""
+        self.pending.append((step, loss, learning_rate))
 
-        Raises:
-            ValueError: as `write`.
-        """
-        self.pending.append((loss, learning_rate))
-        if len(self.pending) == self.STEPS_PER_WRITE:
-            self.write()
+    def is_full(self) -> bool:
+        """Return whether it is time to write."""
+        return len(self.pending) >= self.STEPS_PER_WRITE
 
-    def write(self) -> None:
+    def write(self, writer: "SummaryWriter") -> None:
         """Write the steps that are collected.
 
         Raises:
@@ -156,24 +149,23 @@ class StepLog:
         """
         if not self.pending:
             return
-        losses = torch.stack([loss.value for loss, _ in self.pending]).double()
+        losses = torch.stack([loss.value for _, loss, _ in self.pending]).double()
         if world_size() > 1:
             dist.all_reduce(losses)
         values = losses.tolist()  # waits for the device
-        tokens = sum(loss.batch.num_tokens for loss, _ in self.pending)
+        tokens = sum(loss.batch.num_tokens for _, loss, _ in self.pending)
         speed = tokens / (time.perf_counter() - self.last_write)
-        for value, (loss, learning_rate) in zip(values, self.pending, strict=True):
+        for value, (step, loss, learning_rate) in zip(values, self.pending, strict=True):
             if not math.isfinite(value):
                 raise ValueError(
-                    f"step {self.step}: the loss is {value} at a learning rate of "
-                    f"{learning_rate:.3g} in {loss.batch.describe()}; try a lower --lr"
+                    f"step {step}: the loss is {value} at a learning rate of {learning_rate:.3g} "
+                    f"in {loss.batch.describe()}; try a lower --lr"
                 )
             self.totals.loss += value * loss.divisor
             self.totals.tokens += loss.batch.num_tokens
             self.totals.padded_tokens += loss.batch.num_padded_tokens
-            self.writer.add_scalar("step/loss", value, self.step)
-            self.writer.add_scalar("step/learning_rate", learning_rate, self.step)
-            self.writer.add_scalar("step/tokens_per_second", speed, self.step)
-            self.step += 1
+            writer.add_scalar("step/loss", value, step)
+            writer.add_scalar("step/learning_rate", learning_rate, step)
+            writer.add_scalar("step/tokens_per_second", speed, step)
         self.pending = []
         self.last_write = time.perf_counter()

@@ -7,10 +7,11 @@ Its training checkpoint lies beside its result, in `<filepath>.state`. It is wri
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,9 @@ from beyond.processes import (
 from beyond.runtime import Runtime
 from utils import LARGEST_INT, fingerprint, remove_leftovers
 
+if TYPE_CHECKING:  # importing it takes a second
+    from torch.utils.tensorboard import SummaryWriter
+
 
 @dataclass(frozen=True)
 class Position:
@@ -52,22 +56,16 @@ class TrainingRun[B: TrainingBatch]:
     `start_run` makes one.
 
     Args:
-        model: what is trained; it stays the plain model in `model`.
+        model: what is trained.
         optimizer: of the model's parameters, with the state of this project's `AdamW`.
         loader: the batches of an epoch, in a new order for each.
         generator: the loader's source of randomness.
-        options: how many epochs, where the result is, when to save.
-        hyperparameters: names and values that identify the run; a training checkpoint with other
-            ones is refused.
+        options: how many epochs, where the result is, when to save, and what identifies the run.
 
     Attributes:
         position: how far the run has come.
         best: the best score so far, or None.
-        writer, step_log: TensorBoard's writer and the curves of each step; `start_run` sets them.
     """
-
-    writer: Any
-    step_log: StepLog
 
     def __init__(
         self,
@@ -76,7 +74,6 @@ class TrainingRun[B: TrainingBatch]:
         loader: Loader[B],
         generator: torch.Generator,
         options: RunOptions,
-        hyperparameters: Mapping[str, str],
     ) -> None:
         self.model = model
         self.parallel_model = parallelise(model)
@@ -84,10 +81,9 @@ class TrainingRun[B: TrainingBatch]:
         self.loader = loader
         self.generator = generator
         self.options = options
-        self.hyperparameters = hyperparameters
         self.position = Position()
         self.best: float | None = None
-        self.totals = EpochTotals()
+        self.step_log = StepLog()
         self.log_name = f"{Path(options.filepath).stem}-{datetime.now():%Y%m%d-%H%M%S}"
         self.epoch_start_order = generator.get_state()  # the generator's, at the epoch's start
         # PyTorch's random state at `position`, or None while PyTorch itself is in that state.
@@ -98,6 +94,12 @@ class TrainingRun[B: TrainingBatch]:
         """The number of steps that are done in all epochs."""
         return self.position.epoch * len(self.loader) + self.position.step
 
+    @cached_property
+    def writer(self) -> "SummaryWriter":
+        """TensorBoard's writer; opened at its first use, which comes after resuming."""
+        folder = self.options.log_folder / self.log_name
+        return open_writer(folder, self.options.hyperparameters, self.step)
+
     def epochs(self) -> Iterator[int]:
         """Yield the epochs that are still to do, from the current one on."""
         while self.position.epoch < self.options.epochs:
@@ -105,6 +107,7 @@ class TrainingRun[B: TrainingBatch]:
             self.position = Position(self.position.epoch + 1)
             self.epoch_start_order = self.generator.get_state()
             self.random_state = None
+            self.step_log.write(self.writer)
             self.step_log.start_epoch()
             if self.options.save_every is None or self.position.epoch == self.options.epochs:
                 self.save()
@@ -115,10 +118,10 @@ class TrainingRun[B: TrainingBatch]:
         A batch counts as done when the next one is asked for. After each, the run may be saved and
         interrupted.
         """
+        self.parallel_model.train()
         # Making the iterator may draw from PyTorch's global generator. A run that is resumed at an
         # epoch's start repeats that draw, so the saved random state is set before it. A run that
         # is resumed later had made that draw before it was saved, so the state is set after it.
-        self.parallel_model.train()
         if self.position.step == 0:
             self._restore_random_state()
         batches = iter(self.loader)
@@ -163,7 +166,9 @@ class TrainingRun[B: TrainingBatch]:
         Raises:
             ValueError: one of the last losses is infinite or NaN.
         """
-        self.step_log.add(loss, self.optimizer.param_groups[0]["lr"])
+        self.step_log.add(self.step, loss, self.optimizer.param_groups[0]["lr"])
+        if self.step_log.is_full():
+            self.step_log.write(self.writer)
 
     def epoch_totals(self) -> EpochTotals:
         """Return the sums over the steps of this epoch.
@@ -171,7 +176,7 @@ class TrainingRun[B: TrainingBatch]:
         Raises:
             ValueError: one of the last losses is infinite or NaN.
         """
-        self.step_log.write()
+        self.step_log.write(self.writer)
         return self.step_log.totals
 
     def is_best(self, score: float) -> bool:
@@ -187,7 +192,7 @@ class TrainingRun[B: TrainingBatch]:
         Raises:
             ValueError: a loss or a weight is infinite or NaN; the last good checkpoint stays.
         """
-        self.step_log.write()
+        self.step_log.write(self.writer)
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             raise ValueError(
                 f"step {self.step - 1}: made weights that are infinite or NaN; try a lower --lr"
@@ -199,7 +204,7 @@ class TrainingRun[B: TrainingBatch]:
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values from which `load_state_dict` resumes the run."""
         return {
-            "hyperparameters": dict(self.hyperparameters),
+            "hyperparameters": dict(self.options.hyperparameters),
             "position": asdict(self.position),
             "best": self.best,
             "totals": asdict(self.step_log.totals),
@@ -216,8 +221,9 @@ class TrainingRun[B: TrainingBatch]:
         Raises:
             Exception: of any kind, since a file may hold anything; `resume` catches it.
         """
-        self.position = Position(**{name: int(state["position"][name]) for name in POSITION})
-        self.totals = EpochTotals(**{name: float(state["totals"][name]) for name in TOTALS})
+        position, totals = state["position"], state["totals"]
+        self.position = Position(int(position["epoch"]), int(position["step"]))
+        self.step_log.totals = EpochTotals(*(float(totals[f.name]) for f in fields(EpochTotals)))
         self.best = None if state["best"] is None else float(state["best"])
         if self.best is not None and is_main_process() and not Path(self.options.filepath).exists():
             raise ValueError(f"{self.options.filepath}, the best epoch's result, is missing")
@@ -234,9 +240,6 @@ class TrainingRun[B: TrainingBatch]:
             check_fit(state["model"][name], tensor, name)
         self.model.load_state_dict(state["model"])
         load_optimizer_state(self.optimizer, state["optimizer"])
-
-
-POSITION, TOTALS = ("epoch", "step"), ("loss", "tokens", "padded_tokens")
 
 
 @contextmanager
@@ -262,23 +265,19 @@ def start_run[B: TrainingBatch](
         FileNotFoundError, ValueError: there is no training checkpoint to resume from, or it is the
             one of another run.
     """
-    hyperparameters = {**options.hyperparameters, **runtime.hyperparameters()}
-    for path in options.input_files:
-        hyperparameters[f"SHA-256 of {path}"] = fingerprint(path)
+    hashes = {f"SHA-256 of {path}": fingerprint(path) for path in options.input_files}
+    known = {**options.hyperparameters, **runtime.hyperparameters(), **hashes}
     generator = torch.Generator().manual_seed(options.seed)
     loader = make_loader(options.batch_size, generator)
-    run = TrainingRun(model, optimizer, loader, generator, options, hyperparameters)
+    run = TrainingRun(model, optimizer, loader, generator, replace(options, hyperparameters=known))
     if options.resume:
         resume(run)
-    with signals_wait():
-        folder = options.log_folder / run.log_name
-        with closing(open_writer(folder, hyperparameters, run.step)) as run.writer:
-            run.step_log = StepLog(run.writer, run.step, run.totals)
-            try:
-                yield run
-            except Interrupted:
-                run.save()
-                raise
+    with signals_wait(), closing(run.writer):
+        try:
+            yield run
+        except Interrupted:
+            run.save()
+            raise
 
 
 def resume(run: TrainingRun[Any]) -> None:
@@ -288,7 +287,7 @@ def resume(run: TrainingRun[Any]) -> None:
         FileNotFoundError, ValueError: there is none, or it is the one of another run.
     """
     path = run.options.training_checkpoint
-    state = broadcast_object(lambda: read_training_checkpoint(path, run.hyperparameters))
+    state = broadcast_object(lambda: read_training_checkpoint(path, run.options.hyperparameters))
     try:
         run.load_state_dict(state)
     except Exception as error:  # anything may be wrong in a file that somebody has changed

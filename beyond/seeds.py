@@ -19,7 +19,7 @@ def run_seeds(options: FinetuneOptions, finetune: Finetune) -> None:
 
     Args:
         options: of all runs.
-        finetune: runs one seed; handed over by `run_llama.main`.
+        finetune: runs one seed; handed over by `run_llama.run_task`.
     """
     settings = {k: v for k, v in options.hyperparameters().items() if k != "seed"}
     settings |= {f"SHA-256 of {path}": fingerprint(path) for path in options.input_files}

@@ -1,10 +1,13 @@
 """Small real files that the tests share: a tokenizer, checkpoints, and a data set."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import sentencepiece
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from base_llama import write_checkpoint
 from config import LlamaConfig
@@ -28,7 +31,7 @@ SHAPE = {"dim": 48, "n_layers": 2, "n_heads": 6, "n_kv_heads": 3, "max_seq_len":
 
 @pytest.fixture(scope="session")
 def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SentencePiece model of Llama's kind, trained on a few sentences."""
+    """Train a SentencePiece model like Llama's on a few sentences; returns its path."""
     folder = tmp_path_factory.mktemp("tokenizer")
     corpus = folder / "corpus.txt"
     corpus.write_text("\n".join(line.split(" ||| ")[1] for line in SENTENCES), encoding="utf-8")
@@ -45,12 +48,15 @@ def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def llama(tokenizer_path: Path) -> Llama:
-    """A tiny model with grouped heads, whose numbers are of order one; reference mode, eval."""
+    """Make a tiny model with grouped heads, in reference mode and eval mode."""
     return make_llama(causal=False)
 
 
 def make_llama(causal: bool, seed: int = 0, **shape: int) -> Llama:
-    """A random model; its weights are larger than `init_weights`' so that mistakes show."""
+    """Make a random model whose weights are larger than those of `init_weights`.
+
+    Its outputs are of order one, so a mistake changes them visibly.
+    """
     torch.manual_seed(seed)
     model = Llama(LlamaConfig(**{"vocab_size": 320, **SHAPE, **shape}, causal=causal))
     for parameter in model.parameters():
@@ -58,7 +64,15 @@ def make_llama(causal: bool, seed: int = 0, **shape: int) -> Llama:
     return model.eval()
 
 
+def pad_rows(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Return the rows as one batch, padded on the right, and their lengths."""
+    tensors = [torch.tensor(row) for row in rows]
+    tokens = pad_sequence(tensors, batch_first=True, padding_value=pad_id)
+    return tokens, torch.tensor([len(row) for row in rows])
+
+
 def save_llama(model: Llama, path: Path) -> None:
+    """Write a checkpoint that `load_pretrained` reads."""
     write_checkpoint(
         path, {"model": model.state_dict(), "model_args": model.config.to_model_args()}
     )
@@ -68,7 +82,7 @@ def save_llama(model: Llama, path: Path) -> None:
 def workplace(
     tmp_path: Path, tokenizer_path: Path, llama: Llama, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
-    """The current folder of a run: default checkpoint, tokenizer, and CFIMDB's file names."""
+    """Make the current folder of a run: default checkpoint, tokenizer, and CFIMDB's files."""
     save_llama(llama, tmp_path / "stories42M.pt")
     (tmp_path / "tokenizer.model").write_bytes(tokenizer_path.read_bytes())
     data = tmp_path / "data"

@@ -172,11 +172,11 @@ def test_bad_tensors_are_named(llama: Llama, tmp_path: Path, name: str) -> None:
         load_pretrained(tmp_path / "model.pt")
 
 
-def test_name_that_is_no_text(llama: Llama, tmp_path: Path) -> None:
+def test_a_name_that_is_not_a_string_is_an_error(llama: Llama, tmp_path: Path) -> None:
     checkpoint = checkpoint_of(llama)
     checkpoint["model"][7] = torch.ones(3)
     write_checkpoint(tmp_path / "model.pt", checkpoint)
-    with pytest.raises(ValueError, match=r"model\.pt: a weight's name is 7, no text"):
+    with pytest.raises(ValueError, match=r"model\.pt: a weight's name is 7, expected a string"):
         load_pretrained(tmp_path / "model.pt")
 
 
@@ -224,7 +224,7 @@ def test_code_in_a_file_is_not_run(tmp_path: Path, as_zip: bool) -> None:
         load_pretrained(path)
     assert not sign.exists()
     with suppress(RuntimeError):
-        torch.load(path, weights_only=False)  # the file does run code where it is let
+        torch.load(path, weights_only=False)  # without safe loading its code runs
     assert sign.exists()
 
 
@@ -238,7 +238,7 @@ def test_truncated_file(llama: Llama, tmp_path: Path, share: float) -> None:
 
 
 def test_truncated_file_of_the_old_format(tmp_path: Path) -> None:
-    """Wherever it ends, which the parts of `torch.load` notice in many ways."""
+    """Wherever it is cut, for which `torch.load` raises many kinds of errors."""
     path = tmp_path / "model.pt"
     torch.save({"model": {}, "model_args": {}}, path, _use_new_zipfile_serialization=False)
     whole = path.read_bytes()
@@ -249,7 +249,7 @@ def test_truncated_file_of_the_old_format(tmp_path: Path) -> None:
 
 
 def test_packed_archive_is_refused(llama: Llama, tmp_path: Path) -> None:
-    """It may unpack to more than any memory holds."""
+    """It could unpack to more than fits into memory."""
     save_llama(llama, tmp_path / "whole.pt")
     with (
         zipfile.ZipFile(tmp_path / "whole.pt") as whole,
@@ -257,7 +257,9 @@ def test_packed_archive_is_refused(llama: Llama, tmp_path: Path) -> None:
     ):
         for name in whole.namelist():
             packed.writestr(name, bytes(1_000_000) if "/data/" in name else whole.read(name))
-    with pytest.raises(ValueError, match=r"model\.pt: .*it would unpack to [\d,]{10,} bytes"):
+    with pytest.raises(
+        ValueError, match=r"model\.pt: .*its members would unpack to [\d,]{10,} bytes"
+    ):
         load_pretrained(tmp_path / "model.pt")
 
 

@@ -10,17 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from base_llama import write_checkpoint
+from beyond.decoding import prepare_for_decoding
 from classifier import (
     LlamaEmbeddingClassifier,
     LlamaZeroShotClassifier,
     load_classifier,
-    read_out,
+    pool_last,
 )
-from decoding import prepare_for_decoding
 from llama import Llama
-from tests.conftest import make_llama, save_llama
+from tests.conftest import make_llama, pad_rows, save_llama
 from tokenizer import Tokenizer
-from utils import pad_batch
 
 SEQUENCES = [[1, 20, 33], [1, 7, 300, 41, 5, 6, 9], [1, 99], [1, 12, 13, 14, 15]]
 
@@ -71,10 +70,10 @@ def test_zero_shot_sums_log_probabilities_at_one_position(
             assert scores[row, label].item() == pytest.approx(expected, abs=1e-4)
 
 
-def test_read_out_without_lengths_takes_the_last_column() -> None:
+def test_pool_last_without_lengths_takes_the_last_column() -> None:
     hidden = torch.randn(3, 5, 4)
-    assert torch.equal(read_out(hidden, None, causal=True), hidden[:, -1])
-    assert torch.equal(read_out(hidden, torch.tensor([1, 2, 3]), causal=False), hidden[:, -1])
+    assert torch.equal(pool_last(hidden, None, causal=True), hidden[:, -1])
+    assert torch.equal(pool_last(hidden, torch.tensor([1, 2, 3]), causal=False), hidden[:, -1])
 
 
 def classifiers(causal: bool, tokenizer_path: Path) -> list[nn.Module]:
@@ -85,7 +84,7 @@ def classifiers(causal: bool, tokenizer_path: Path) -> list[nn.Module]:
 
 def test_causal_predictions_do_not_depend_on_batch_order_or_padding(tokenizer_path: Path) -> None:
     for model in classifiers(True, tokenizer_path):
-        tokens, lengths = pad_batch(SEQUENCES, pad_id=3)
+        tokens, lengths = pad_rows(SEQUENCES, pad_id=3)
         together = model(tokens, lengths)
         alone = torch.cat([model(torch.tensor([s]), torch.tensor([len(s)])) for s in SEQUENCES])
         torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
@@ -103,7 +102,7 @@ def test_prepared_model_scores_alike(tokenizer_path: Path) -> None:
     llama = make_llama(causal=True)
     expected, exact, half = (
         LlamaZeroShotClassifier(config_of(), tokenizer, ["bad", "good"], model)(
-            *pad_batch(SEQUENCES, pad_id=3)
+            *pad_rows(SEQUENCES, pad_id=3)
         )
         for model in (
             llama,
@@ -120,7 +119,7 @@ def test_prepared_model_scores_alike(tokenizer_path: Path) -> None:
 def test_reference_predictions_depend_on_padding(tokenizer_path: Path) -> None:
     """Faithful: the last column is read and padding is attended to."""
     for model in classifiers(False, tokenizer_path):
-        tokens, lengths = pad_batch(SEQUENCES, pad_id=3)
+        tokens, lengths = pad_rows(SEQUENCES, pad_id=3)
         together = model(tokens, lengths)
         assert torch.equal(together, model(tokens))  # lengths are not even looked at
         alone = model(torch.tensor(SEQUENCES[:1]))
@@ -131,7 +130,7 @@ def test_reference_predictions_depend_on_padding(tokenizer_path: Path) -> None:
 def test_embedding_classifier_is_a_head_on_the_hidden_state(causal: bool) -> None:
     llama = make_llama(causal)
     model = LlamaEmbeddingClassifier(config_of(num_labels=5), llama).eval()
-    tokens, lengths = pad_batch(SEQUENCES, pad_id=3)
+    tokens, lengths = pad_rows(SEQUENCES, pad_id=3)
     log_probs = model(tokens, lengths)
     _, hidden = llama(tokens)
     columns = lengths - 1 if causal else torch.full((4,), -1)
@@ -195,7 +194,7 @@ def test_saved_classifier_is_whole_without_the_pretrained_file(
     model = LlamaEmbeddingClassifier(config_of(num_labels=5), make_llama(causal)).eval()
     write_checkpoint(tmp_path / "best.pt", model.to_checkpoint())
     loaded = load_classifier(tmp_path / "best.pt")
-    tokens, lengths = pad_batch(SEQUENCES, pad_id=3)
+    tokens, lengths = pad_rows(SEQUENCES, pad_id=3)
     assert torch.equal(loaded(tokens, lengths), model(tokens, lengths))
     assert loaded.dropout.p == 0.3 and loaded.llama.config.causal == causal
     assert loaded.llama.tok_embeddings.weight is loaded.llama.output.weight
@@ -203,18 +202,18 @@ def test_saved_classifier_is_whole_without_the_pretrained_file(
 
 def test_pretrained_checkpoint_is_no_classifier(llama: Llama, tmp_path: Path) -> None:
     save_llama(llama, tmp_path / "model.pt")
-    with pytest.raises(ValueError, match="holds no fine-tuned classifier"):
+    with pytest.raises(ValueError, match="does not hold a fine-tuned classifier"):
         load_classifier(tmp_path / "model.pt")
 
 
 @pytest.mark.parametrize(
     ("part", "name", "value", "message"),
     [
-        ("classifier", "num_labels", -1, "num_labels=-1 is no number of labels"),
-        ("classifier", "num_labels", True, "num_labels=True is no number of labels"),
-        ("classifier", "num_labels", 10**30, "num_labels=10.* is no number of labels"),
+        ("classifier", "num_labels", -1, "num_labels=-1 is not a whole number from 1 to"),
+        ("classifier", "num_labels", True, "num_labels=True is not a whole number from 1 to"),
+        ("classifier", "num_labels", 10**30, "num_labels=10.* is not a whole number from 1 to"),
         ("classifier", "hidden_dropout_prob", "x", "hidden_dropout_prob='x' is not a number in"),
-        ("classifier", "more", 1, "holds no fine-tuned classifier"),
+        ("classifier", "more", 1, "does not hold a fine-tuned classifier"),
         ("model", "classifier_head.bias", 1.5, "classifier_head.bias is not a tensor"),
         ("model", "classifier_head.bias", torch.tensor([0.0, math.nan]), "is NaN or infinite"),
     ],

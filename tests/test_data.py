@@ -5,24 +5,28 @@ import math
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from classifier import ClassifierConfig, LlamaEmbeddingClassifier
 from run_llama import (
-    LengthBatches,
+    Example,
     LlamaDataset,
     build_prompt_suffix,
     create_data,
     model_eval,
-    parse_example,
-    read_label_names,
     write_predictions_to_file,
 )
 from tests.conftest import ROOT, make_llama
 from tokenizer import Tokenizer
-from utils import accuracy, confusion_matrix, macro_f1, open_atomically, pad_batch
+from utils import (
+    accuracy,
+    confusion_matrix,
+    macro_f1,
+    open_atomically,
+    parse_example,
+    read_label_names,
+)
 
 
 @pytest.fixture
@@ -104,12 +108,12 @@ def test_bad_data_is_named(
         create_data(write(tmp_path / "x.txt", content), tokenizer, 2, 64)
 
 
-def test_test_files_may_leave_labels_open(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_test_files_may_have_unknown_labels(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = write(tmp_path / "x.txt", "-1 ||| a\n1 ||| b\n")
-    examples = create_data(path, tokenizer, 2, 64, unlabelled=True)
+    examples = create_data(path, tokenizer, 2, 64, allow_unlabelled=True)
     assert [example.label for example in examples] == [-1, 1]
     with pytest.raises(ValueError, match="label -2 is not among -1 to 1"):
-        create_data(write(path, "-2 ||| a\n"), tokenizer, 2, 64, unlabelled=True)
+        create_data(write(path, "-2 ||| a\n"), tokenizer, 2, 64, allow_unlabelled=True)
 
 
 def test_max_sentence_len_cuts_long_sentences(tmp_path: Path, tokenizer_path: Path) -> None:
@@ -133,10 +137,14 @@ def test_bad_label_names_are_errors(tmp_path: Path, content: bytes) -> None:
         read_label_names(write(tmp_path / "x.json", content))
 
 
-def test_pad_batch_pads_on_the_right() -> None:
-    tokens, lengths = pad_batch([[1, 5], [1, 6, 7, 8], [1]], pad_id=3)
-    assert tokens.tolist() == [[1, 5, 3, 3], [1, 6, 7, 8], [1, 3, 3, 3]]
-    assert lengths.tolist() == [2, 4, 1]
+def test_batches_are_padded_on_the_right() -> None:
+    rows = [[1, 5], [1, 6, 7, 8], [1]]
+    examples = [Example("text", i % 2, row, 4 + i, "x.txt") for i, row in enumerate(rows)]
+    batch = LlamaDataset(examples, pad_id=3).collate_fn(examples)
+    assert batch.tokens.tolist() == [[1, 5, 3, 3], [1, 6, 7, 8], [1, 3, 3, 3]]
+    assert batch.lengths.tolist() == [2, 4, 1] and batch.labels.tolist() == [0, 1, 0]
+    assert (batch.num_tokens, batch.num_padded_tokens) == (7, 12)
+    assert batch.describe() == "lines 5, 6, 7 of x.txt"
 
 
 def test_loader_shuffles_anew_and_by_seed(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -145,27 +153,28 @@ def test_loader_shuffles_anew_and_by_seed(tmp_path: Path, tokenizer: Tokenizer) 
 
     def passes(shuffle: torch.Generator | None) -> list[list[str]]:
         loader = data.loader(7, shuffle)
-        return [[e.sentence for batch in loader for e in batch.examples] for _ in range(2)]
+        lines = [[line for batch in loader for line in batch.lines] for _ in range(2)]
+        return [[data.examples[line].sentence for line in one_pass] for one_pass in lines]
 
     in_order = [f"number {i}" for i in range(30)]
     assert passes(None) == [in_order, in_order]
     first, second = passes(torch.Generator().manual_seed(5))
     assert first != second and sorted(first) == sorted(second) == sorted(in_order)
     assert passes(torch.Generator().manual_seed(5)) == [first, second]
-    assert [len(batch.examples) for batch in data.loader(7)] == [7, 7, 7, 7, 2]
+    assert [len(batch.lines) for batch in data.loader(7)] == [7, 7, 7, 7, 2]
 
 
 def test_scores_by_hand() -> None:
     # gold 0 0 0 1 1 2, predicted 0 0 1 1 1 0
     confusion = confusion_matrix([0, 0, 1, 1, 1, 0], [0, 0, 0, 1, 1, 2], 4)
-    assert confusion.tolist() == [[2, 1, 0, 0], [0, 2, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
+    assert confusion == [[2, 1, 0, 0], [0, 2, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
     assert accuracy(confusion) == pytest.approx(4 / 6)
     # F1: class 0: 4/6, class 1: 4/5, class 2: 0; class 3 does not occur
     assert macro_f1(confusion) == pytest.approx((4 / 6 + 4 / 5 + 0) / 3)
 
 
 def test_scores_of_nothing_are_nan() -> None:
-    nothing = np.zeros((2, 2), dtype=int)
+    nothing = [[0, 0], [0, 0]]
     assert math.isnan(accuracy(nothing)) and math.isnan(macro_f1(nothing))
 
 
@@ -213,47 +222,6 @@ def test_course_data_facts(name: str) -> None:
     assert json.dumps(suffix).endswith(' This movie is "')
 
 
-def padding_share(batches: list[list[int]], lengths: list[int]) -> float:
-    """Share of padding in batches, each padded to its longest row."""
-    real = sum(lengths[i] for batch in batches for i in batch)
-    return 1 - real / sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
-
-
-def test_length_batches_hold_each_example_once() -> None:
-    lengths = torch.randint(2, 90, (1003,), generator=torch.Generator().manual_seed(0)).tolist()
-    in_order = list(LengthBatches(lengths, 8))
-    flat = [i for batch in in_order for i in batch]
-    assert [lengths[i] for i in flat] == sorted(lengths)
-    sampler = LengthBatches(lengths, 8, torch.Generator().manual_seed(1))
-    first, second = list(sampler), list(sampler)
-    again = list(LengthBatches(lengths, 8, torch.Generator().manual_seed(1)))
-    assert first == again and first != second
-    for batches in (in_order, first, second):
-        assert sorted(i for batch in batches for i in batch) == list(range(1003))
-        assert len(batches) == len(sampler) == 126
-        assert sorted(map(len, batches)) == [3] + [8] * 125
-        assert padding_share(batches, lengths) < 0.04
-    # Shuffled: neither the batches nor what is in them follow the length alone.
-    means = [sum(lengths[i] for i in batch) / len(batch) for batch in first]
-    assert means != sorted(means)
-    assert {frozenset(batch) for batch in first}.isdisjoint(map(frozenset, second))
-
-
-def test_length_batches_leave_little_padding_on_the_real_data(tokenizer_path: Path) -> None:
-    """Below 5% on SST and CFIMDB at the assignment's batch sizes, of half and more without."""
-    if not (ROOT / "data/cfimdb-train.txt").exists() or not (ROOT / "tokenizer.model").exists():
-        pytest.skip("the course's data are not here (data/download.py)")
-    tokenizer = Tokenizer(tokenizer_model=ROOT / "tokenizer.model")
-    for name, num_labels, size in (("sst", 5, 80), ("cfimdb", 2, 10)):
-        examples = create_data(ROOT / f"data/{name}-train.txt", tokenizer, num_labels, 1024)
-        lengths = [len(example.tokens) for example in examples]
-        generator = torch.Generator().manual_seed(0)
-        assert padding_share(list(LengthBatches(lengths, size, generator)), lengths) < 0.05
-        assert padding_share(list(LengthBatches(lengths, size)), lengths) < 0.05
-        unsorted = torch.arange(len(lengths)).split(size)
-        assert padding_share([batch.tolist() for batch in unsorted], lengths) > 0.3
-
-
 def test_model_eval_returns_to_the_files_order(tmp_path: Path, tokenizer_path: Path) -> None:
     """Batches by length predict what batches in the file's order do, to 1e-5 in the scores."""
     tokenizer = Tokenizer(tokenizer_model=tokenizer_path)
@@ -266,8 +234,8 @@ def test_model_eval_returns_to_the_files_order(tmp_path: Path, tokenizer_path: P
     torch.manual_seed(0)
     model = LlamaEmbeddingClassifier(config, make_llama(causal=True))
     results = []
-    for by_length in (False, True):
-        loader = LlamaDataset(examples, 3, by_length).loader(7)
+    for group_by_length in (False, True):
+        loader = LlamaDataset(examples, 3, group_by_length).loader(7)
         results.append(model_eval(loader, model, torch.device("cpu")))
     assert results[0] == results[1]
     assert results[0].sentences == texts and 0 < sum(results[0].predictions) < 30

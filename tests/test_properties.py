@@ -1,4 +1,4 @@
-"""What must hold for any input, tried on many: reading, writing, scoring, and what is refused."""
+"""What must hold for any input, tried on many: reading, writing, scoring, and refusals."""
 
 import json
 import math
@@ -14,17 +14,22 @@ from sklearn.metrics import accuracy_score, f1_score
 from config import LlamaConfig
 from run_llama import (
     Example,
-    build_parser,
     build_prompt_suffix,
     create_data,
-    get_args,
-    judge,
-    parse_example,
-    read_label_names,
     write_predictions_to_file,
 )
 from tokenizer import Tokenizer
-from utils import SEPARATOR, accuracy, describe_error, is_text, macro_f1, read_lines
+from utils import (
+    SEPARATOR,
+    accuracy,
+    confusion_matrix,
+    describe_error,
+    is_text,
+    macro_f1,
+    parse_example,
+    read_label_names,
+    read_lines,
+)
 
 # The clock of a busy machine proves nothing; and files are written anew for each example.
 many = settings(
@@ -71,7 +76,7 @@ def test_a_data_file_reads_as_it_was_written(
     path.write_bytes(lines.encode())
     tokenizer = Tokenizer(tokenizer_model=tokenizer_path)
     assert create_data(path, tokenizer, 5, 10_000) == [
-        Example(sentence, label, tokenizer.encode(sentence, bos=True, eos=False), line)
+        Example(sentence, label, tokenizer.encode(sentence, bos=True, eos=False), line, str(path))
         for line, (label, sentence) in enumerate(examples)
     ]
 
@@ -167,39 +172,14 @@ def test_any_model_args_are_a_config_or_an_error(model_args: dict[Any, Any]) -> 
     assert config.hidden_dim >= 1 and config.vocab_size * config.dim <= 2**40
 
 
-# ----------------------------------------------------------------------------- command line
-
-FLAGS = [flag for action in build_parser()._actions for flag in action.option_strings]
-words = st.sampled_from([*FLAGS, "generate", "prompt", "finetune", "pretrain", "sst", "-", "--"])
-numerals = st.integers().map(str) | st.floats().map(str)
-argument = words | words.map("{}=1".format) | numerals | st.text()
-
-
-@many
-@given(st.lists(argument, max_size=8))
-@example(["--prompt", "\udcff"])
-@example(["--batch_size", "9" * 5000])
-def test_any_arguments_are_options_or_an_error(argv: list[str]) -> None:
-    try:
-        args = get_args(argv)
-    except ValueError as error:
-        assert len(describe_error(error).splitlines()) == 1
-    except SystemExit as stop:
-        assert stop.code == 0 and {"-h", "--help"} & set(argv)
-    else:
-        assert args.option in ("generate", "prompt", "finetune", "pretrain")
-        assert min(args.epochs, args.batch_size, args.max_new_tokens, args.num_samples) >= 1
-        assert math.isfinite(args.lr) and args.lr >= 0 and args.outfiles
-
-
 # ----------------------------------------------------------------------------------- scores
 
 
 @many
 @given(st.lists(st.tuples(label, st.integers(-1, 4)), max_size=30))
 def test_scores_are_scikit_learns(pairs: list[tuple[int, int]]) -> None:
-    """Over the examples with a gold label; what does not occur is no class."""
-    confusion = judge([p for p, _ in pairs], [gold for _, gold in pairs], 5)
+    """Over the examples with a gold label; a class that does not occur does not count."""
+    confusion = confusion_matrix([p for p, _ in pairs], [gold for _, gold in pairs], 5)
     judged = np.array([pair for pair in pairs if pair[1] >= 0])
     if not len(judged):
         assert math.isnan(accuracy(confusion)) and math.isnan(macro_f1(confusion))

@@ -77,7 +77,7 @@ def test_model_without_byte_pieces_is_an_error(tmp_path: Path) -> None:
     sentencepiece.SentencePieceTrainer.train(
         input=str(corpus), model_prefix=str(tmp_path / "plain"), vocab_size=15, minloglevel=2
     )
-    with pytest.raises(ValueError, match="no piece <0x00>"):
+    with pytest.raises(ValueError, match="expected the pieces BOS, EOS, and <0x00> for padding"):
         Tokenizer(tokenizer_model=tmp_path / "plain.model")
 
 
