@@ -1,8 +1,8 @@
-"""All benchmarks: prints the tables and writes `benchmarks/RESULTS.md` and the plot beside it.
+"""Run all benchmarks; prints the tables and writes `benchmarks/RESULTS.md` and its plot.
 
     uv run python -m benchmarks [--use_gpu] [--rounds N]
 
-About half an hour on two cores, of which nothing else should have any.
+Takes about half an hour on two cores; no other program should use them meanwhile.
 """
 
 import sys
@@ -12,9 +12,10 @@ import torch
 
 from benchmarks import causal, reference
 from benchmarks.measure import describe_machine, time_in_turn
-from benchmarks.table import describe_ceilings, lines, parse_args
+from benchmarks.table import describe_peak_rates, lines, parse_args
 from benchmarks.works import NEW_TOKENS, make_work
-from utils import open_atomically, resolve_device
+from beyond.runtime import resolve_device
+from utils import open_atomically
 
 FOLDER = Path(__file__).parent
 CONTEXTS = (16, 128, 512)  # tokens before the first new one
@@ -26,21 +27,25 @@ SIDES = (
     "reference float32",
 )
 INTRODUCTION = """\
-# Figures
+# Benchmark results
 
-`uv run python -m benchmarks`: the shape of `stories42M.pt` with random weights, real sentences of
-SST and CFIMDB in the assignment's batch sizes, 75 new tokens; medians of {rounds} rounds that take
-both sides in turn. "Times as fast" is the side's speed over that of what stands beside it, in the
-same run. The ceiling is the machine's, measured in the same run: for generating, the memory's rate,
-each weight read once a token; for the rest, the rate of large matrix products, padding not counted
-as work. Memory is the peak of a process that does this work alone: the side's / the other's.
+Measured by `uv run python -m benchmarks`, on a model with the shape of `stories42M.pt` and random
+weights. It generates 75 new tokens, and reads real sentences of SST and CFIMDB in the assignment's
+batch sizes. Times are medians of {rounds} rounds; each round runs both sides, one after the other.
+
+- *speedup*: the speed of *side* divided by the speed of *baseline*, in the same run.
+- *target*: the speedup that this project aims for.
+- *utilisation*: the part of the machine's peak rate that *side* reaches. The peak is measured in
+  the same run. For generation it is the memory bandwidth, and each weight is read once per token.
+  For the other tasks it is the rate of large matrix products, and padding does not count as work.
+- *GiB*: the peak memory of a process that does only this work, *side* / *baseline*.
 
 {machine}
 """
 
 
 def plot(device: torch.device, rounds: int, path: Path) -> list[str]:
-    """Draw tokens per second against the context's length; returns the same as a table."""
+    """Draw tokens per second against the length of the context; returns the same as a table."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -59,7 +64,7 @@ def plot(device: torch.device, rounds: int, path: Path) -> list[str]:
     for side in SIDES:
         axes.plot(CONTEXTS, speeds[side], marker="o", label=side)
     axes.set(xlabel="tokens before the first new one", ylabel="tokens per second", ylim=(0, None))
-    axes.set_title(f"{NEW_TOKENS} greedy tokens, prompt included, 42M parameters")
+    axes.set_title(f"Greedy generation of {NEW_TOKENS} tokens, prompt included, 42M parameters")
     axes.legend()
     axes.grid(alpha=0.3)
     figure.tight_layout()
@@ -68,9 +73,10 @@ def plot(device: torch.device, rounds: int, path: Path) -> list[str]:
 
 
 def main() -> int:
+    """Run the command line; returns the exit status."""
     args = parse_args(__doc__)
     device = resolve_device(args.use_gpu)
-    machine = f"{describe_machine(device)}; {describe_ceilings(device)}"
+    machine = f"{describe_machine(device)}; {describe_peak_rates(device)}"
     text = [INTRODUCTION.format(rounds=args.rounds, machine=machine)]
     for title, rows in (("Reference mode", reference.ROWS), ("Causal mode", causal.ROWS)):
         text.append(f"## {title}\n")
@@ -80,7 +86,8 @@ def main() -> int:
             text.append(line)
         text.append("")
     table = plot(device, args.rounds, FOLDER / "context.png")
-    text += ["## Tokens per second by context\n", *table, "", "![Tokens per second](context.png)"]
+    text += ["## Tokens per second by context length\n", *table, ""]
+    text.append("![Tokens per second by context length](context.png)")
     print("\n".join(table))
     with open_atomically(FOLDER / "RESULTS.md") as file:
         file.write("\n".join(text) + "\n")

@@ -1,9 +1,9 @@
-"""Causal mode beside Hugging Face transformers: time and memory, on the shape of stories42M.pt.
+"""Compare causal mode with Hugging Face transformers, on a model of stories42M.pt's shape.
 
     uv run python -m benchmarks.causal [--use_gpu] [--rounds N]
 
-Hugging Face takes the sentences in batches of the file's order, as its users do, and this project
-by length: speeds are per sentence.
+Measures time and memory. Hugging Face gets batches in the file's order, as its users make them;
+this project makes batches of sentences of similar length. So speeds are per sentence.
 """
 
 import sys

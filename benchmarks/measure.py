@@ -1,4 +1,4 @@
-"""Timing, memory, and the machine's ceilings: what all benchmarks share."""
+"""Measure time, peak memory, and the peak rates of the machine."""
 
 import multiprocessing
 import platform
@@ -17,16 +17,16 @@ MakeWork = Callable[..., Work]  # (*what, device)
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def time_in_turn(works: Sequence[Work], rounds: int, device: torch.device) -> list[float]:
-    """Median seconds of one call of each work.
+    """Return the median seconds of one call of each work.
 
-    Every round calls each work once, each second round in the opposite order, so that what else
-    happens on the machine meets all of them alike.
+    Every round calls each work once, and every second round in the opposite order, so that
+    disturbances on the machine affect all of them alike.
     """
     times: list[list[float]] = [[] for _ in works]
     for work in works:
@@ -44,7 +44,10 @@ def time_in_turn(works: Sequence[Work], rounds: int, device: torch.device) -> li
 
 
 def peak_memory(make_work: MakeWork, what: Sequence[object], device: torch.device) -> float:
-    """GiB of a fresh process that does the work twice: of the GPU, or resident."""
+    """Return the peak memory, in GiB, of a new process that does the work twice.
+
+    That is the memory of the GPU, or the resident memory if the work runs on the CPU.
+    """
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak_memory, (make_work, what, device))
 
@@ -55,7 +58,7 @@ def _peak_memory(make_work: MakeWork, what: Sequence[object], device: torch.devi
         work()
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    # Not getrusage's maximum: on Linux that is the parent's, where the parent's was larger.
+    # Not getrusage's maximum: on Linux a child process starts with its parent's maximum.
     status = Path("/proc/self/status")
     if status.exists():
         (peak,) = re.findall(r"VmHWM:\s*(\d+) kB", status.read_text())
@@ -64,7 +67,7 @@ def _peak_memory(make_work: MakeWork, what: Sequence[object], device: torch.devi
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of a product of two square matrices, the best of two sizes."""
+    """Measure the FLOP/s of a product of two square matrices; returns the best of two sizes."""
     best = 0.0
     for size in (1024, 2048):
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -78,7 +81,7 @@ def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def memory_rate(device: torch.device) -> float:
-    """Bytes/s at which a float32 matrix of 256 MiB streams through a product with a vector."""
+    """Measure the bytes/s at which a matrix-vector product reads a float32 matrix of 256 MiB."""
     matrix = torch.randn(8192, 8192, device=device).t()
     vector = torch.randn(8192, device=device)
     (seconds,) = time_in_turn([lambda: torch.mv(matrix, vector)], 9, device)
@@ -86,7 +89,7 @@ def memory_rate(device: torch.device) -> float:
 
 
 def describe_machine(device: torch.device) -> str:
-    """What the figures were measured on."""
+    """Return hardware, versions and date, for the head of the results."""
     if device.type == "cuda":
         machine = torch.cuda.get_device_name()
     else:

@@ -1,9 +1,10 @@
-"""Reference mode beside Hugging Face transformers: time and memory, on the shape of stories42M.pt.
+"""Compare reference mode with Hugging Face transformers, on a model of stories42M.pt's shape.
 
     uv run python -m benchmarks.reference [--use_gpu] [--rounds N]
 
-Both sides take the same batches, in the file's order and padded alike. Without a mask nothing can
-be cached, so Hugging Face generates without its cache too.
+Measures time and memory. Both sides get the same batches, in the file's order and with the same
+padding. Without a causal mask nothing can be cached, so Hugging Face generates without its cache
+too.
 """
 
 import sys

@@ -1,8 +1,8 @@
-"""The pieces of work that are timed, on this project's side and on Hugging Face's.
+"""The work that is timed: each task as this project does it, and as Hugging Face does.
 
-All have the shape of `stories42M.pt`, the same random weights, and real sentences of SST and
-CFIMDB, which `data/download.py` fetches. A pass over a data set is represented by some of its
-batches: the middles of as many equal parts, in order of size.
+All models have the shape of `stories42M.pt` and the same random weights. The sentences are those of
+SST and CFIMDB, which `data/download.py` downloads. A few batches stand for a pass over a data set:
+its batches are sorted by size and cut into equal parts, and the middle one of each part is taken.
 """
 
 import contextlib
@@ -17,15 +17,17 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from benchmarks.measure import Work
+from beyond.command_line import PROMPT
+from beyond.decoding import prepare_for_decoding
+from beyond.runtime import Runtime
 from classifier import ClassifierConfig, LlamaEmbeddingClassifier, LlamaZeroShotClassifier
 from config import LlamaConfig
-from decoding import prepare_for_decoding
 from llama import Llama
 from optimizer import AdamW
-from run_llama import PROMPT, LlamaDataset, build_prompt_suffix, create_data, read_label_names
+from run_llama import LlamaDataset, build_prompt_suffix, classification_loss, create_data
 from tests.oracle import hugging_face_config, to_hugging_face
 from tokenizer import Tokenizer
-from utils import autocast
+from utils import read_label_names
 
 ROOT = Path(__file__).parent.parent
 LR = 2e-5
@@ -38,22 +40,23 @@ Batch = tuple[Tensor, Tensor, Tensor]  # tokens, lengths, labels
 
 @cache
 def read_tokenizer() -> Tokenizer:
-    """Llama's."""
+    """Read Llama's tokenizer."""
     return Tokenizer(tokenizer_model=ROOT / "tokenizer.model")
 
 
 @cache
-def sample_batches(task: str, data: str, by_length: bool) -> tuple[list[Batch], float]:
-    """Some batches of a pass, and how many of its sentences they are worth, padding counted.
+def sample_batches(task: str, data: str, group_by_length: bool) -> tuple[list[Batch], float]:
+    """Return some batches of a pass, and the number of sentences that they stand for.
 
-    Evaluation takes the dev file in its own order or by length; training takes shuffled batches.
+    That is the pass's sentences times the batches' part of its tokens, padding included. Evaluation
+    takes the dev file, in the file's order or grouped by length; training takes shuffled batches.
     """
     label_names = read_label_names(ROOT / f"data/{data}-label-mapping.json")
     suffix = build_prompt_suffix(label_names) if task == "prompt" else ""
     path = ROOT / f"data/{data}-{'dev' if task == 'prompt' else 'train'}.txt"
-    with contextlib.redirect_stdout(sys.stderr):  # standard output holds the tables alone
+    with contextlib.redirect_stdout(sys.stderr):  # only the tables go to standard output
         examples = create_data(path, read_tokenizer(), len(label_names), 1024, suffix)
-    dataset = LlamaDataset(examples, read_tokenizer().pad_id, by_length)
+    dataset = LlamaDataset(examples, read_tokenizer().pad_id, group_by_length)
     shuffle = torch.Generator().manual_seed(0) if task == "finetune" else None
     size = BATCH_SIZES[task][data]
     batches = [batch for batch in dataset.loader(size, shuffle) if len(batch.labels) == size]
@@ -65,26 +68,27 @@ def sample_batches(task: str, data: str, by_length: bool) -> tuple[list[Batch], 
 
 
 def make_llama(causal: bool) -> Llama:
-    """The model, the same for every work."""
+    """Make the model; its weights are the same for every work."""
     torch.manual_seed(0)
     return Llama(LlamaConfig(causal=causal))
 
 
 def make_work(task: str, data: str, side: str, device: torch.device) -> Work:
-    """A function that does some work once.
+    """Return a function that does some work once.
 
     Args:
         task: generate, prompt or finetune.
-        data: sst or cfimdb; for generate, how many tokens the context has, or "".
-        side: "reference float32", "causal <dtype>", "Hugging Face <dtype>" or, to generate,
+        data: sst or cfimdb; for generate the number of tokens in the context, or "" for the
+            assignment's prompt.
+        side: "reference float32", "causal <dtype>", "Hugging Face <dtype>" or, for generate,
             "Hugging Face without cache float32".
-        device: where.
+        device: where the work runs.
     """
     kind, dtype = side.rsplit(" ", 1)
     llama = make_llama(causal=kind == "causal").to(device)
     if task == "generate":
         return make_generate(llama, data, kind, dtype, device)
-    batches, _ = sample_batches(task, data, by_length=kind == "causal")
+    batches, _ = sample_batches(task, data, group_by_length=kind == "causal")
     on_device = [(t.to(device), n.to(device), y.to(device)) for t, n, y in batches]
     if task == "prompt":
         return make_prompt(llama, on_device, kind, dtype, device)
@@ -92,7 +96,7 @@ def make_work(task: str, data: str, side: str, device: torch.device) -> Work:
 
 
 def make_generate(llama: Llama, context: str, kind: str, dtype: str, device: torch.device) -> Work:
-    """Continue the assignment's prompt, or a random context of some length, greedily."""
+    """Return a function that continues a prompt greedily, as `make_work` describes."""
     ids = read_tokenizer().encode(PROMPT, bos=True, eos=False)
     if context:
         generator = torch.Generator().manual_seed(0)
@@ -114,14 +118,14 @@ def make_generate(llama: Llama, context: str, kind: str, dtype: str, device: tor
 
 
 def attention_mask(tokens: Tensor, lengths: Tensor) -> Tensor:
-    """1 on tokens, 0 on padding, as Hugging Face takes it."""
+    """Make Hugging Face's mask: 1 on tokens, 0 on padding."""
     return (torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]).long()
 
 
 def make_prompt(
     llama: Llama, batches: Sequence[Batch], kind: str, dtype: str, device: torch.device
 ) -> Work:
-    """Score two label words for each sentence."""
+    """Return a function that scores two label words for each sentence."""
     names = ["bad", "good"]
     ids = [read_tokenizer().encode(name, bos=False, eos=False)[0] for name in names]
     if not kind.startswith("Hugging Face"):
@@ -129,12 +133,12 @@ def make_prompt(
         if kind == "causal":
             llama = prepare_for_decoding(llama, DTYPES[dtype], exact_head=True)
         model = LlamaZeroShotClassifier(config, read_tokenizer(), names, llama).eval()
-        precision = autocast(device, dtype)
+        runtime = Runtime(device, DTYPES[dtype], causal=kind == "causal")
 
         @torch.inference_mode()
         def ours() -> None:
             for tokens, lengths, _ in batches:
-                with precision:
+                with runtime.autocast():
                     model(tokens, lengths).argmax(dim=-1).tolist()
 
         return ours
@@ -153,19 +157,19 @@ def make_prompt(
 def make_finetune(
     llama: Llama, batches: Sequence[Batch], kind: str, dtype: str, device: torch.device
 ) -> Work:
-    """One training step for each batch: forward, backward, update."""
+    """Return a function that trains on each batch once: forward, backward, update."""
     num_labels = max(int(labels.max()) for _, _, labels in batches) + 1
     if not kind.startswith("Hugging Face"):
         config = ClassifierConfig(num_labels, "", 0.3, "finetune")
         model = LlamaEmbeddingClassifier(config, llama).to(device).train()
         optimizer = AdamW(model.parameters(), lr=LR)
-        precision = autocast(device, dtype)
+        runtime = Runtime(device, DTYPES[dtype], causal=kind == "causal")
 
         def ours() -> None:
             for tokens, lengths, labels in batches:
                 optimizer.zero_grad()
-                with precision:
-                    loss = F.nll_loss(model(tokens, lengths), labels, reduction="sum") / len(labels)
+                with runtime.autocast():
+                    loss = classification_loss(model, tokens, lengths, labels) / len(labels)
                 loss.backward()
                 optimizer.step()
                 loss.item()

@@ -1,6 +1,5 @@
 """Pretraining: packing, loss, schedule, and `--option pretrain` end to end."""
 
-import contextlib
 import math
 import os
 import re
@@ -12,8 +11,9 @@ import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-import pretraining
 from base_llama import read_checkpoint
+from beyond import pretraining
+from beyond.runtime import Runtime, prepare_model
 from llama import load_pretrained
 from run_llama import main
 from tests.conftest import SENTENCES, make_llama, save_llama
@@ -25,7 +25,9 @@ TEXTS = [line.split(" ||| ")[1] for line in SENTENCES]
 PRETRAIN = ["--option", "pretrain", "--batch_size", "2", "--epochs", "2"]
 SHAPE = ["--dim", "32", "--n_layers", "2", "--n_heads", "4", "--n_kv_heads", "2"]
 SCRATCH = [*PRETRAIN, *SHAPE, "--max_seq_len", "16", "--tokenizer_path", "tokenizer.model"]
-NO_SCOPE = contextlib.nullcontext()
+FLOAT32, BFLOAT16 = (
+    Runtime(torch.device("cpu"), dtype, causal=True) for dtype in (torch.float32, torch.bfloat16)
+)
 
 
 def documents() -> list[Tensor]:
@@ -33,12 +35,12 @@ def documents() -> list[Tensor]:
 
 
 def test_pack_cuts_one_stream_into_full_blocks() -> None:
-    """1 5 6 1 7 1 8 9 10: each token but the first is predicted once, but for the remainder's."""
+    """The stream is 1 5 6 1 7 1 8 9 10; what remains after the last full block is left out."""
     assert pretraining.pack(documents(), 3).tolist() == [[1, 5, 6, 1], [1, 7, 1, 8]]
     assert pretraining.pack(documents(), 8).tolist() == [[1, 5, 6, 1, 7, 1, 8, 9, 10]]
 
 
-def test_pack_refuses_less_than_a_block() -> None:
+def test_pack_refuses_less_text_than_a_block() -> None:
     with pytest.raises(
         ValueError, match="text: 9 tokens are fewer than one block of 9 and the token"
     ):
@@ -51,7 +53,7 @@ def test_learning_rate_rises_then_falls() -> None:
     assert max(rates) == rates[9] == rates[10] == 2.0
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[-1] == pytest.approx(0.2)
-    # half-way down the cosine: the mean of peak and end
+    # in the middle of the cosine: the mean of its peak and its end
     assert pretraining.learning_rate(10 + 189 // 2, 200, 2.0) == pytest.approx(1.1, abs=0.01)
 
 
@@ -61,7 +63,7 @@ def test_learning_rate_of_short_runs_is_positive(steps: int) -> None:
 
 
 def test_loss_in_slices_is_the_loss_of_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slices of three rows, the last one shorter, against one cross-entropy of everything."""
+    """Slices of three rows, the last one shorter, against one cross-entropy of all rows."""
     blocks = torch.randint(0, 320, (2, 8), generator=torch.Generator().manual_seed(0))
     llama = make_llama(causal=True)
     logits, _ = llama(blocks[:, :-1], targets=blocks[:, 1:])
@@ -69,9 +71,8 @@ def test_loss_in_slices_is_the_loss_of_all_logits(monkeypatch: pytest.MonkeyPatc
     expected.backward()
     gradients = [parameter.grad for parameter in llama.parameters()]
     llama.zero_grad()
-    monkeypatch.setattr(pretraining, "SLICE", 3 * 320)
-    with torch.autocast("cpu", torch.bfloat16):
-        pretraining.NextTokenLoss(llama)(blocks).backward()
+    monkeypatch.setattr(pretraining, "MAX_LOGITS", 3 * 320)
+    prepare_model(pretraining.NextTokenLoss(llama), BFLOAT16, False)(blocks).backward()
     for parameter, gradient in zip(llama.parameters(), gradients, strict=True):
         assert parameter.grad is not None and gradient is not None
         assert (parameter.grad / 14 - gradient).std() < 0.05 * gradient.std()
@@ -80,37 +81,41 @@ def test_loss_in_slices_is_the_loss_of_all_logits(monkeypatch: pytest.MonkeyPatc
     loss.backward()
     torch.testing.assert_close(loss.detach(), expected.detach())
     for parameter, gradient in zip(llama.parameters(), gradients, strict=True):
-        # the order of summation differs
+        # sums are computed in another order
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-5)
 
 
 def test_evaluate_is_the_mean_over_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A short last batch and a short last slice weigh what they hold; NumPy has the logits."""
+    """Also with a short last batch and a short last slice; the oracle is NumPy's logits."""
     blocks = torch.randint(0, 320, (3, 8), generator=torch.Generator().manual_seed(1))
     llama = make_llama(causal=True).train()
     logits = torch.tensor(numpy_forward(llama, blocks[:, :-1])[0])
     expected = F.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten()).item()
-    monkeypatch.setattr(pretraining, "SLICE", 4 * 320)
-    assert pretraining.evaluate(llama, blocks, 2, NO_SCOPE) == pytest.approx(expected, rel=1e-5)
+    monkeypatch.setattr(pretraining, "MAX_LOGITS", 4 * 320)
+    assert pretraining.evaluate(llama, blocks, 2, FLOAT32) == pytest.approx(expected, rel=1e-5)
     assert llama.training
+    rounded = pretraining.evaluate(llama, blocks, 2, BFLOAT16)
+    assert rounded != pytest.approx(expected, rel=1e-5)
+    assert rounded == pytest.approx(expected, rel=0.01)
 
 
-def test_pretrain_from_scratch_memorises(
+def test_pretrain_memorises_from_scratch(
     workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A new model learns eight sentences by heart and continues their beginnings."""
     Path("plain.txt").write_text("\n\n".join(TEXTS), encoding="utf-8")
     argv = [*SCRATCH, "--train", "data/cfimdb-train.txt", "--dev", "plain.txt"]
-    argv += ["--epochs", "150", "--lr", "1e-2", "--dtype", "float32", "--filepath", "lm/model.pt"]
+    argv += ["--batch_size", "4", "--epochs", "90", "--lr", "1e-2", "--dtype", "float32"]
+    argv += ["--filepath", "lm/model.pt"]
     status, out, err = run(argv, capsys)
     assert (status, err) == (0, "")
     tokenizer = Tokenizer()
     tokens = sum(len(tokenizer.encode(text, bos=True, eos=False)) for text in TEXTS)
-    for path in ("data/cfimdb-train.txt", "plain.txt"):  # the label is no text, nor is a blank line
+    for path in ("data/cfimdb-train.txt", "plain.txt"):  # without labels and blank lines
         assert f"load 8 documents, {tokens} tokens from {path}\n" in out
-    assert "computes in float32\n" in out
+    assert out.startswith("computes in float32 on cpu, in causal mode\n")
     losses = re.findall(r"^epoch \d+: train loss :: (\d\.\d{3}), dev loss :: ", out, re.MULTILINE)
-    assert len(losses) == 150 and float(losses[0]) > 5 and float(losses[-1]) < 0.5
+    assert len(losses) == 90 and float(losses[0]) > 5 and float(losses[-1]) < 0.5
 
     llama = load_pretrained("lm/model.pt")
     config = llama.config
@@ -122,10 +127,10 @@ def test_pretrain_from_scratch_memorises(
     assert main(["--pretrained-model-path", "lm/model.pt", "--max_new_tokens", "4"]) == 0
 
 
-def test_pretrain_goes_on_from_a_checkpoint(
+def test_pretrain_trains_a_checkpoint_further(
     workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The default checkpoint's loss on the text falls; its file stays, its mode becomes causal."""
+    """The loss of the default checkpoint falls; its file is unchanged, the result is causal."""
     save_llama(make_llama(causal=False, max_seq_len=16), Path("stories42M.pt"))
     before = Path("stories42M.pt").read_bytes()
     Path("dev.txt").write_text("\n".join(TEXTS), encoding="utf-8")
@@ -136,9 +141,10 @@ def test_pretrain_goes_on_from_a_checkpoint(
     tokenizer = Tokenizer()
     tokens = [torch.tensor(tokenizer.encode(text, bos=True, eos=False)) for text in TEXTS]
     blocks = pretraining.pack(tokens, 16)
-    start = pretraining.evaluate(load_pretrained("stories42M.pt", causal=True), blocks, 2, NO_SCOPE)
+    start = pretraining.evaluate(load_pretrained("stories42M.pt", causal=True), blocks, 2, FLOAT32)
     assert losses[-1] < losses[0] < start
-    after = pretraining.evaluate(load_pretrained("on/model.pt"), blocks, 2, NO_SCOPE)
+    assert load_pretrained("on/model.pt").config.causal
+    after = pretraining.evaluate(load_pretrained("on/model.pt"), blocks, 2, FLOAT32)
     assert after == pytest.approx(min(losses), abs=0.02)  # bfloat16 may have computed the loss
     assert Path("stories42M.pt").read_bytes() == before
 
@@ -158,7 +164,7 @@ def test_the_best_epoch_is_kept(
 ) -> None:
     losses, gains = iter([3.0, 2.0, 2.5, 2.0, 4.0]), []
 
-    def scripted(llama, blocks, batch_size, precision):  # type: ignore[no-untyped-def]
+    def scripted(llama, blocks, batch_size, runtime):  # type: ignore[no-untyped-def]
         gains.append(llama.norm.weight.detach().clone())
         return next(losses)
 
@@ -168,8 +174,8 @@ def test_the_best_epoch_is_kept(
     assert torch.equal(load_pretrained("best/model.pt").norm.weight, gains[1])
 
 
-def test_stored_dtype_and_tied_matrix(workplace: Path) -> None:
-    """Half precision halves the file, and the matrix with two names is in it once."""
+def test_store_dtype_sets_the_size_of_the_file(workplace: Path) -> None:
+    """Half precision halves it, and the matrix that has two names is stored once."""
     sizes = {}
     for dtype in ("float32", "float16"):
         argv = [*SCRATCH, "--store_dtype", dtype, "--filepath", f"{dtype}/model.pt"]
@@ -190,7 +196,7 @@ def test_bfloat16_computes_nearly_the_same(workplace: Path) -> None:
         load_pretrained(f"{dtype}/model.pt").state_dict() for dtype in ("float32", "bfloat16")
     ]
     differences = [(weights[0][name] - weights[1][name]).abs().max() for name in weights[0]]
-    assert 0 < max(differences) < 0.02  # at most some steps of 1e-3 in the other direction
+    assert 0 < max(differences) < 0.02  # at most a few steps of 1e-3 in the other direction
 
 
 def test_pretrain_writes_tensorboard_events(workplace: Path) -> None:
@@ -211,7 +217,7 @@ def test_pretrain_writes_tensorboard_events(workplace: Path) -> None:
     rates = [event.value for event in events.Scalars("step/learning_rate")]
     assert max(rates) == pytest.approx(1e-3)
     settings = events.Tensors("settings/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert "| n_kv_heads | `2` |" in settings
+    assert "| n_kv_heads | `2` |" in settings and "| mode | `causal` |" in settings
 
 
 def test_a_loss_of_nan_stops_and_keeps_the_last_good_checkpoint(
@@ -230,17 +236,40 @@ def test_a_loss_of_nan_stops_and_keeps_the_last_good_checkpoint(
     assert Path("lm/model.pt").read_bytes() == good
 
 
-def test_documents_are_named() -> None:
-    """Documents 1 to 3 of four, of which the third reaches into both blocks."""
+def test_blocks_name_their_documents() -> None:
+    """Of four documents, the third one continues in the second block."""
     sources = pretraining.pack([torch.full((n,), i) for i, n in enumerate((2, 3, 4, 5))], 6)
-    assert pretraining.name_documents(sources[:1]) == "documents 1, 2, 3 of --train"
-    assert pretraining.name_documents(sources[1:]) == "documents 3, 4 of --train"
+    first, second = (pretraining.Blocks(s, s) for s in (sources[:1], sources[1:]))
+    assert first.describe() == "documents 1, 2, 3 of --train"
+    assert second.describe() == "documents 3, 4 of --train"
+
+
+def test_each_pass_shuffles_documents_and_blocks() -> None:
+    """Each block knows the documents of its tokens; equal seeds give equal passes."""
+    texts = [torch.tensor([1] + [10 + i] * (i + 2)) for i in range(7)]
+
+    def passes(seed: int) -> list[list[list[int]]]:
+        generator = torch.Generator().manual_seed(seed)
+        loader = pretraining.BlockLoader(texts, 3, 4, generator)
+        epochs = [list(loader) for _ in range(2)]
+        for batches in epochs:  # 42 tokens are 13 blocks and two more tokens
+            assert [len(batch.tokens) for batch in batches] == [4, 4, 4, 1]
+            assert len(batches) == len(loader)
+            for batch in batches:
+                is_bos = batch.tokens == 1
+                assert torch.equal(batch.tokens[~is_bos], 10 + batch.sources[~is_bos])
+                assert batch.num_tokens == batch.num_padded_tokens == 3 * len(batch.tokens)
+        return [[row for batch in batches for row in batch.tokens.tolist()] for batches in epochs]
+
+    first, second = passes(0)
+    assert first != second and sorted(first) != sorted(second)
+    assert passes(0) == [first, second] != passes(1)
 
 
 def test_a_last_step_that_destroys_the_model_is_an_error(
     workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its own loss was still finite: the one on the validation text is not."""
+    """Its own loss is still finite, and the validation loss is not."""
     argv = [*SCRATCH, "--epochs", "1", "--batch_size", "64", "--lr", "1e38"]
     status, _, err = run([*argv, "--filepath", "lm/model.pt"], capsys)
     assert status == 2 and not Path("lm/model.pt").exists()
@@ -260,29 +289,29 @@ BAD_INPUTS = {
     ),
     "dev is train": (
         [*SCRATCH, "--train", "data/cfimdb-dev.txt"],
-        "--dev data/cfimdb-dev.txt: is a training file too",
+        "--dev data/cfimdb-dev.txt: is also a training file",
     ),
     "dev links to train": (
         [*SCRATCH, "--dev", "data/cfimdb-dev.txt", "link.txt"],
-        "--dev link.txt: is a training file too",
+        "--dev link.txt: is also a training file",
     ),
     "other vocabulary": (
         [*PRETRAIN, "--pretrained-model-path", "vocab.pt"],
-        "a vocabulary of 320, but that of vocab.pt is 99",
+        "has a vocabulary of 320, but that of vocab.pt is 99",
     ),
     "no tokenizer": ([*PRETRAIN, *SHAPE], "a new model needs a tokenizer"),
     "new and old": (
         [*SCRATCH, "--pretrained-model-path", "stories42M.pt"],
-        "--dim asks for a new model, --pretrained-model-path for an old one",
+        "--dim starts a new model, --pretrained-model-path trains an old one further",
     ),
-    "not causal": ([*SCRATCH, "--no-causal"], "--no-causal: next-token training is causal"),
+    "not causal": ([*SCRATCH, "--no-causal"], "--no-causal: pretraining needs causal attention"),
     "missing text": ([*SCRATCH, "--train", "no.txt"], "no.txt: No such file"),
     "blank text": ([*SCRATCH, "--train", "blank.txt"], "blank.txt: holds no text"),
     "not UTF-8": ([*SCRATCH, "--train", "latin1.txt"], "latin1.txt:1: not UTF-8"),
     "shape elsewhere": (["--n_layers", "2"], "--n_layers is for --option pretrain only"),
     "several files": (
         ["--option", "prompt", "--dev", "a.txt", "b.txt"],
-        "--dev a.txt b.txt: one file only",
+        "--dev a.txt b.txt: only pretrain takes more than one file",
     ),
     "another's tokenizer": (
         [*SCRATCH, "--filepath", "taken/model.pt"],
