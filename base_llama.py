@@ -86,14 +86,14 @@ def load_safely(path: str | Path) -> Any:
     if path.is_dir():
         raise ValueError(f"{path}: is a folder, expected a checkpoint file")
     try:
-        _check_stored_sizes(path)  # its ValueError gets the reason below
+        _check_stored_sizes(path)  # the last except adds the path to its ValueError
         # PyTorch warns about unusual files; real problems raise an error.
         with warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such checkpoint") from None
     except PermissionError:
-        raise  # says what is wrong; the other errors of a damaged file do not
+        raise  # its message is clear; the errors below need the path and a reason
     except pickle.UnpicklingError:
         raise ValueError(
             f"{path}: not a checkpoint of tensors and plain values ({_describe(path)}); "
@@ -279,12 +279,12 @@ def _join_first(names: list[str], limit: int = 4) -> str:
 
 
 def _describe(path: Path) -> str:
-    """Describe a file that is not a checkpoint by its size and, if it is recognized, its kind."""
+    """Return the size of a file that is not a checkpoint, and its kind if that is recognized."""
     with path.open("rb") as file:
         head = file.read(64).lstrip().lower()
     size = f"{path.stat().st_size:,} bytes"
     if head.startswith((b"<!doctype html", b"<html")):
-        return f"{size}, an HTML page; did a web page answer the download?"
+        return f"{size}, an HTML page; perhaps an error page was saved instead of the file"
     if head.startswith(b"pk\x03\x04"):
         return f"{size}; a broken or truncated download?"
     return size

@@ -2,7 +2,7 @@
 
 Both use the model's output at one position of each sentence. In reference mode that is the last
 column of the padded batch, as the assignment has it. In causal mode it is the sentence's own last
-token, which the argument `lengths` tells.
+token, at position `lengths - 1`.
 """
 
 import reprlib

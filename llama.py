@@ -12,8 +12,7 @@ Differs from the paper in:
 Conventions:
 - rows of a batch are padded on the right;
 - every tensor is (batch, seq, ...) outside of attention;
-- "Faithful:" marks code that may look wrong but is kept as the assignment has it, because
-  published numbers depend on it.
+- "Faithful:" marks code that may look wrong but that published numbers depend on.
 """
 
 from pathlib import Path
@@ -75,7 +74,7 @@ class Attention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def compute_query_key_value_scores(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Average the values, weighted by the softmax of the scaled query-key products.
+        """Average the values, weighted by the softmax of the scaled query-key scores.
 
         Args:
             query: (batch, n_heads, seq, head_dim).
@@ -101,7 +100,8 @@ class Attention(nn.Module):
         value = self.compute_value(x).unflatten(-1, head_shape)  # as key
         query, key = apply_rotary_emb(query, key, config.head_dim, config.max_seq_len)
         query, key, value = (t.transpose(1, 2) for t in (query, key, value))
-        output = self.compute_query_key_value_scores(query, key, value)  # as query
+        # (batch, n_heads, seq, head_dim), as query
+        output = self.compute_query_key_value_scores(query, key, value)
         output = output.transpose(1, 2).flatten(-2)  # (batch, seq, dim)
         return self.resid_dropout(self.compute_output(output))
 
@@ -194,7 +194,7 @@ class Llama(LlamaPreTrainedModel):
         logits = self.output(hidden if targets is not None else hidden[:, -1:])
         return logits, hidden
 
-    @torch.no_grad()  # not inference_mode: the tokens that it returns could not be trained on
+    @torch.no_grad()  # not inference_mode, whose tokens could not be used in training
     def generate(
         self,
         idx: Tensor,
@@ -205,7 +205,7 @@ class Llama(LlamaPreTrainedModel):
         """Continue each row by `max_new_tokens` tokens; never stops early.
 
         Each step computes the whole context, or its last `max_seq_len` tokens, anew.
-        `beyond/decoding.py` gives the same tokens with less work.
+        For causal models `beyond/decoding.py` gives the same tokens with less work.
 
         Args:
             idx: (batch, seq), integer ids, seq >= 1.
@@ -250,7 +250,7 @@ def sample_next_token(
         generator: source of randomness, on the logits' device; None: PyTorch's global one.
 
     Raises:
-        ValueError: temperature is out of bounds, or, unless it is 0, a logit is infinite or NaN.
+        ValueError: temperature is out of bounds; or, unless it is 0, a logit is inf or NaN.
     """
     if temperature == 0:
         return logits.max(dim=-1, keepdim=True).indices
@@ -265,7 +265,7 @@ def token_probabilities(logits: Tensor, temperature: float) -> Tensor:
         temperature: > 0 and finite.
 
     Raises:
-        ValueError: temperature is out of bounds, or a logit is infinite or NaN.
+        ValueError: temperature is out of bounds, or a logit is inf or NaN.
     """
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature={temperature} must be finite and >= 0")

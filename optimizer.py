@@ -31,8 +31,7 @@ class AdamW(Optimizer):
         lr: learning rate (alpha in the papers), >= 0.
         betas: decay rates of the first and second moment, each in [0, 1).
         eps: added to the square root of the second moment, >= 0.
-        weight_decay: lambda in the paper, >= 0; each step multiplies the updated parameter by
-            1 - lr * weight_decay.
+        weight_decay: >= 0; each step multiplies the updated parameter by 1 - lr * weight_decay.
         correct_bias: whether to correct the bias of the moments, which start at zero.
 
     Raises:

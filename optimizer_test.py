@@ -43,7 +43,7 @@ def scalar_recurrence(
     eps: float,
     decay: float,
 ) -> float:
-    """Update a single number as the papers write it, in Python's float64; return the result."""
+    """Update a single number by the formulas of optimizer.py, in Python's float64."""
     m = v = 0.0
     for t, g in enumerate(grads, start=1):
         m = beta1 * m + (1 - beta1) * g

@@ -75,7 +75,7 @@ def rotary_tables(
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair of features of x in float32; return the dtype of x."""
+    """Rotate each pair of features of x in float32; the result has the dtype of x."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (batch, seq, heads, head_dim / 2)
     rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
     return rotated.flatten(-2).type_as(x)  # (batch, seq, heads, head_dim)

@@ -125,7 +125,7 @@ class LlamaDataset(Dataset[Example]):
     def loader(
         self, batch_size: int, generator: torch.Generator | None = None
     ) -> "DataLoader[Example]":
-        """Return batches in the file's order; with a generator, in a new random order each pass."""
+        """Return batches in the file's order (grouped: by length); a generator shuffles them."""
         if self.group_by_length:
             lengths = [len(example.tokens) for example in self.examples]
             sampler = LengthBatchSampler(lengths, batch_size, generator)
@@ -167,9 +167,11 @@ def create_data(
             )
         tokens = tokenizer.encode(sentence + prompt_suffix, bos=True, eos=False)
         if len(tokens) > max_seq_len:
+            # With a suffix, --max_sentence_len would cut off the question.
+            advice = "" if prompt_suffix else " or use --max_sentence_len"
             raise ValueError(
                 f"{filename}:{number}: {len(tokens)} tokens are more than the model's "
-                f"{max_seq_len}; shorten the sentence or use --max_sentence_len"
+                f"{max_seq_len}; shorten the sentence{advice}"
             )
         examples.append(Example(sentence, label, tokens, number - 1, str(filename)))
     print(f"load {len(examples)} data from {filename}")
@@ -208,7 +210,7 @@ class Evaluation(NamedTuple):
 def model_eval(
     dataloader: "DataLoader[Example]", model: nn.Module, device: torch.device
 ) -> Evaluation:
-    """Predict every example with the highest-scored label; leaves the model's mode as it was.
+    """Predict the label with the highest score for every example; the model's mode is unchanged.
 
     Each of several processes predicts some of the batches, and all of them get the whole result.
 
@@ -259,7 +261,7 @@ def generate(options: GenerateOptions) -> None:
     llama = prepare_to_generate(llama, runtime, quantize=options.quantize is not None)
     for temperature, outfile in options.outfiles.items():
         print(f"Temperature is {temperature}")
-        if runtime.causal or options.needs_decoding:
+        if runtime.causal or options.exceeds_assignment:
             texts = generate_texts(llama, tokenizer, prompts, temperature, options)
         else:
             texts = [
@@ -323,7 +325,7 @@ def finetune(options: FinetuneOptions) -> tuple[float, float]:
     Returns:
         Accuracy on dev and on test.
     """
-    seed_everything(options.seed)  # here too, since each of several seeds starts anew
+    seed_everything(options.seed)  # with --seeds, each run sets its own seed
     label_names = read_label_names(options.label_names)
     llama, tokenizer, runtime = load_model(options, options.dropout)
     data = load_data(options.data_files, len(label_names), llama, tokenizer)
@@ -343,7 +345,7 @@ def train(
     label_names: Sequence[str],
     runtime: Runtime,
 ) -> None:
-    """Train all epochs; `options.filepath` gets the epoch that is best on dev."""
+    """Train all epochs; write the epoch that is best on dev to `options.filepath`."""
     train_data, dev_data = data["train"], data["dev"]
     optimizer = AdamW(model.parameters(), lr=options.lr)
     with start_run(model, optimizer, train_data.loader, options.run, runtime) as run:

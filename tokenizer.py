@@ -95,8 +95,8 @@ def train_tokenizer(paths: Sequence[str | Path], vocab_size: int, output: str | 
     """Train a BPE tokenizer like Llama's on text with one document per line.
 
     Sennrich et al. 2016, arXiv:1508.07909. There is a piece for every byte, so no text is unknown;
-    each digit is a piece of its own; Unicode is not normalised; runs of white space become one
-    space, and none is left at the end.
+    each digit is a piece of its own; Unicode is not normalised; runs of spaces become one space,
+    and none is left at the start or the end.
 
     Args:
         paths: UTF-8 text files; a label at the start of a line (`label ||| text`) is removed.

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-LARGEST_INT = 2**31 - 1  # largest integer that the command line accepts (int32)
+LARGEST_INT = 2**31 - 1  # largest integer on the command line, except for seeds (int32)
 SEPARATOR = " ||| "  # between label and sentence
 LABEL_PREFIX = re.compile(rf"^\s*[+-]?\d+{re.escape(SEPARATOR)}")
 

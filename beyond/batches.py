@@ -1,4 +1,4 @@
-"""Batches: what a training run reads of one, and which examples and processes share one."""
+"""Batches: their interface, which examples they hold, and which process evaluates which."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -73,8 +73,8 @@ class LengthBatchSampler(Sampler[list[int]]):
 
     Without a generator, all examples in order of length. With one, each pass shuffles the examples,
     cuts them into equal pools of at most `MAX_POOL_BATCHES` batches, sorts each pool by length, and
-    shuffles the batches. Apart from the lengths, it is random which examples share a batch, and
-    when the batch comes.
+    shuffles the batches. Which examples of similar length share a batch is random, and so is the
+    order of the batches.
 
     Args:
         lengths: of the examples, in tokens.

@@ -45,8 +45,8 @@ PROMPT = (
 def answer_at_once() -> None:
     """End the program if its command line asks for help or has a mistake.
 
-    Under torchrun all processes end, and the main process (rank 0) alone prints. A file may be
-    missing on another machine only, so there the first process reports it.
+    Under torchrun all processes end. Only rank 0 prints, except that the first process of each
+    machine also reports a file error, since the file may be missing on that machine only.
     """
     is_main = environment("RANK") == 0
     quiet = contextlib.nullcontext() if is_main else contextlib.redirect_stdout(io.StringIO())
@@ -181,6 +181,7 @@ def fill_in_data(values: dict[str, Any], task: str) -> list[str]:
         ValueError: several files are given, and the task takes one.
     """
     notes = []
+    # data_files has the same names for every data set.
     names = [name for name in data_files("cfimdb") if name in flags_of(TASKS[task])]
     if not any(name in values for name in ("dataset", *names)):
         needed = [name for name in names if name in TASKS[task].reads]
@@ -198,7 +199,7 @@ def fill_in_data(values: dict[str, Any], task: str) -> list[str]:
             raise ValueError(
                 f"--{name} {' '.join(paths[:2])}: only pretrain takes more than one file"
             )
-        # Only PretrainOptions has tuples, of the two splits that it reads.
+        # PretrainOptions takes a tuple of files, the other tasks take one file.
         values[name] = paths if task == "pretrain" else paths[0]
     # Without --dataset, results are named after the dev file.
     values.setdefault("dataset", Path(as_tuple(values["dev"])[0]).stem.removesuffix("-dev"))
@@ -219,7 +220,7 @@ def fill_in_evaluation(values: dict[str, Any], task: str) -> None:
     """Fill in dtype, learning rate and results of prompting or fine-tuning."""
     options = cast(type[EvaluationOptions], TASKS[task])
     values.setdefault("dtype", "float32")
-    folder, dataset = Path(options.results).parent, values["dataset"]
+    folder, dataset = options.results_folder, values["dataset"]
     for split in ("dev", "test"):
         values.setdefault(f"{split}_out", f"{folder}/{dataset}-{options.ending(split)}")
     if task == "finetune":
@@ -246,8 +247,9 @@ def check_files(options: Options) -> None:
     Under torchrun only the main process writes, so only that one checks the outputs.
 
     Raises:
-        FileNotFoundError, ValueError, OSError: for the first file that is missing or cannot be
-            written.
+        OSError: for the first file that is missing or cannot be written.
+        ValueError: generate runs under torchrun, a dev file is a training file, or the training
+            checkpoint of an unfinished run exists.
     """
     if isinstance(options, GenerateOptions) and environment("WORLD_SIZE") > 1:
         raise ValueError("--option generate runs in one process; start it without torchrun")

@@ -3,11 +3,12 @@
 `prepare_for_decoding` makes a model that computes the same function as `Llama` in fewer and faster
 operations. Decoding one token at a time multiplies every weight by one vector, so its speed is
 limited by reading the weights from memory, and by the overhead of the operations around that.
-Zero-shot scores, which are computed from whole sentences, gain by the same means. Differs from
+Zero-shot scores, computed from whole sentences, become faster in the same way. Differs from
 `llama.py` in:
-- keys and values of earlier positions are cached, so a new token costs one position;
+- keys and values of earlier positions are cached, so for a new token only one position is computed;
 - query, key and value are one matrix product, and so are the gate and up projections;
-- RMSNorm's gains, and the square root of dim, are multiplied into the weights that follow;
+- RMSNorm's gains, and the factor sqrt(dim) that `normalise` leaves out, are multiplied into the
+  weights that follow;
 - query and key are rotated together, as complex numbers (RoFormer, arXiv:2104.09864, eq. 13);
 - weights are stored as the fastest matrix-vector product wants them: float32 column by column,
   bfloat16 row by row, or int8 with a scale for each row.
@@ -297,7 +298,9 @@ class DecodingLlama(Llama):
         caches: Sequence[KVCache] | None,
         padding: Tensor | None,
     ) -> Tensor:
-        """Compute hidden states of the positions from `window_start` on that are not cached yet.
+        """Compute hidden states of the window's positions that are not cached yet.
+
+        The window is the last max_seq_len columns of the context.
 
         Args:
             idx: (batch, seq), the whole context.
@@ -337,7 +340,7 @@ def prepare_for_decoding(
     quantize: bool = False,
     exact_head: bool = False,
 ) -> Llama:
-    """Return the model to generate with: a `DecodingLlama` if `llama` is causal, else `llama`.
+    """Return a `DecodingLlama` if `llama` is causal, else `llama` itself, converted to dtype.
 
     Args:
         llama: on its device.
@@ -412,7 +415,7 @@ class Sampler:
         return torch.zeros_like(sorted_probs).scatter_(-1, sorted_ids, sorted_probs)
 
 
-@torch.no_grad()  # not inference_mode: the tokens that it yields could not be trained on
+@torch.no_grad()  # not inference_mode, whose tokens could not be used in training
 def stream(
     llama: Llama,
     idx: Tensor,
@@ -422,7 +425,7 @@ def stream(
 ) -> Iterator[Tensor]:
     """Yield the tokens that continue each row, one column after the other; never stops early.
 
-    Each token is sampled from the whole context, or from its last `max_seq_len` tokens. A
+    Each token is predicted from the whole context, or from its last `max_seq_len` tokens. A
     `DecodingLlama` uses its cache until the context exceeds max_seq_len. Then the window slides,
     every token's position changes, and each step computes the whole window. Any other `Llama`
     computes the whole window in each step.

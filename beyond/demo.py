@@ -1,4 +1,4 @@
-"""The demo in the box: a small model and reviews that stand in for missing default files."""
+"""The demo: a small model and reviews that stand in for missing default files."""
 
 import os
 from pathlib import Path

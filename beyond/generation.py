@@ -53,8 +53,7 @@ def generate_texts(
     """Continue each prompt `options.num_samples` times, and print the texts.
 
     A text depends on its prompt and the seed alone: each sample has its own generator, and rows
-    share a batch only if they do not attend to each other's padding and padding does not change
-    their rounding.
+    share a batch only if padding is masked and does not change their rounding.
 
     Args:
         llama: as `prepare_for_decoding` returned it.

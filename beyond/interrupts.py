@@ -59,8 +59,8 @@ def signals_raise() -> Iterator[None]:
 def signals_wait() -> Iterator[None]:
     """Let SIGINT and SIGTERM wait for `stop_if_asked`, or for the end of the block.
 
-    This protects more than whole steps: if an exception interrupts TensorBoard's writer while it
-    hands events to its thread, the thread never wakes up, and closing the writer hangs.
+    Waiting also protects TensorBoard's writer: after an exception while it hands events to its
+    thread, the thread would sleep forever, and closing the writer would hang.
     """
     try:
         with _handling(lambda number, _: _waiting.append(number)):

@@ -34,7 +34,7 @@ def open_writer(
     Args:
         folder: of this run alone; TensorBoard shows its name.
         hyperparameters: names and values.
-        first_step: entries that the folder has from this step on are hidden.
+        first_step: TensorBoard hides what an interrupted run wrote here for this step and later.
     """
     if not is_main_process():
         return cast("SummaryWriter", SilentWriter())

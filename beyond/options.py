@@ -83,7 +83,7 @@ class Flag:
 
     Attributes:
         help: what it means, with its unit; the default is added if it is a constant.
-        recorded: whether it is a hyperparameter: whether a run with another value is another run.
+        recorded: whether a run with another value is another run (so it is a hyperparameter).
         spelling: the assignment's, if it is not the field's name.
         parsing: further arguments for `ArgumentParser.add_argument`.
     """
@@ -112,8 +112,8 @@ def switch(help_text: str, *, recorded: bool = True) -> Any:
     return flag(help_text, False, recorded=recorded, action="store_true")
 
 
-def text_files(split: str) -> dict[str, Flag]:
-    """Declare the flag of a split that one task reads from one file, another from several."""
+def split_metadata(split: str) -> dict[str, Flag]:
+    """Declare the flag of a split: one file, or for pretrain one or more."""
     help_text = (
         f"UTF-8 lines `label ||| sentence` (default: data/cfimdb-{split}.txt); pretrain also "
         "takes plain text, and several files"
@@ -121,7 +121,7 @@ def text_files(split: str) -> dict[str, Flag]:
     return {"flag": Flag(help_text, parsing={"nargs": "+", "metavar": "FILE"})}
 
 
-TRAIN, DEV = text_files("train"), text_files("dev")
+TRAIN, DEV = split_metadata("train"), split_metadata("dev")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,13 +149,15 @@ class TaskOptions:
         action=argparse.BooleanOptionalAction,
     )
     dtype: str | None = flag(  # None: bfloat16 if the hardware has it
-        "dtype of the large matrix products (default: float32; for --quantize bfloat16; for "
-        "pretrain bfloat16 if the hardware has it)",
+        "dtype of the large matrix products (default: float32; with --quantize: bfloat16; "
+        "for pretrain: bfloat16 if the hardware has it)",
         recorded=False,  # likewise
         choices=("float32", "bfloat16"),
     )
     batch_size: int = flag(
-        "sentences per batch; for pretrain blocks of max_seq_len tokens", 8, type=at_least_one
+        "sentences per batch; for pretrain: blocks of max_seq_len tokens per batch",
+        8,
+        type=at_least_one,
     )
     notes: tuple[str, ...] = ()  # which default files the demo stands in for; not a flag
 
@@ -170,7 +172,7 @@ class TaskOptions:
 
     @property
     def output_files(self) -> tuple[str, ...]:
-        """The files that the task writes."""
+        """The results; those of several seeds go to the same folders."""
         return tuple(getattr(self, name) for name in self.writes)
 
     def hyperparameters(self) -> dict[str, str]:
@@ -234,7 +236,7 @@ class GenerateOptions(TaskOptions):
         return tuple(self.outfiles.values())
 
     @property
-    def needs_decoding(self) -> bool:
+    def exceeds_assignment(self) -> bool:
         """Whether the texts need more than the assignment's own loop, `Llama.generate`."""
         names = ("top_k", "top_p", "num_samples", "stop_at_eos", "stream")
         return any(getattr(self, name) != getattr(GenerateOptions, name) for name in names)
@@ -279,7 +281,8 @@ class EvaluationOptions(DataOptions):
         "...test-finetuning-output.txt (default: output/task_{2,3}/<dataset>-test-...)"
     )
 
-    results: ClassVar[str]  # default folder and kind of the prediction files
+    results_folder: ClassVar[str]  # where the prediction files go by default
+    results_kind: ClassVar[str]  # the word in their names
 
     def __post_init__(self) -> None:
         for name, path in (("dev_out", self.dev_out), ("test_out", self.test_out)):
@@ -301,7 +304,7 @@ class EvaluationOptions(DataOptions):
     @classmethod
     def ending(cls, split: str) -> str:
         """Return how the name of a prediction file has to end."""
-        return f"{split}-{Path(cls.results).name}-output.txt"
+        return f"{split}-{cls.results_kind}-output.txt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,7 +313,7 @@ class PromptOptions(EvaluationOptions):
 
     reads = ("label_names", "dev", "test")
     writes = ("dev_out", "test_out")
-    results = "output/task_2/prompting"
+    results_folder, results_kind = "output/task_2", "prompting"
 
 
 @dataclass(frozen=True)
@@ -366,7 +369,7 @@ class TrainingOptions(DataOptions):
         type=at_least_one,
     )
     save_every: int | None = flag(
-        "write a training checkpoint after every so many steps (default: after each epoch)",
+        "steps between two training checkpoints (default: one after each epoch)",
         None,
         recorded=False,
         type=at_least_one,
@@ -416,7 +419,7 @@ class FinetuneOptions(EvaluationOptions, TrainingOptions):
 
     reads = ("label_names", "dev", "test", "train")
     writes = ("dev_out", "test_out", "filepath")
-    results = "output/task_3/finetuning"
+    results_folder, results_kind = "output/task_3", "finetuning"
 
     @property
     def log_folder(self) -> Path:

@@ -93,7 +93,7 @@ def train_epoch(run: "TrainingRun[Blocks]", peak_lr: float) -> float:
 
 
 def sum_of_losses(model: nn.Module, blocks: Tensor) -> Tensor:
-    """Return the sum of the losses of all tokens that blocks (batch, block_size + 1) predict."""
+    """Return the sum of the losses of all tokens but each block's first."""
     return model(blocks)
 
 
@@ -192,7 +192,7 @@ def pack(documents: Sequence[Tensor], block_size: int, name: str = "text") -> Te
         the last full block is left out.
 
     Raises:
-        ValueError: the stream is shorter than one block.
+        ValueError: the stream has fewer than block_size + 1 tokens.
     """
     stream = torch.cat(list(documents))
     if len(stream) <= block_size:
@@ -240,7 +240,7 @@ class BlockLoader:
         generator: source of randomness.
 
     Raises:
-        ValueError: there are fewer tokens than one block.
+        ValueError: there are fewer than block_size + 1 tokens.
     """
 
     def __init__(
@@ -307,7 +307,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 class NextTokenLoss(nn.Module):
-    """The sum of the losses of all tokens that blocks (batch, block_size + 1) predict."""
+    """The sum of the losses of all tokens but the first of blocks (batch, block_size + 1)."""
 
     def __init__(self, llama: Llama) -> None:
         super().__init__()
@@ -328,7 +328,7 @@ def slices(hidden: Tensor, targets: Tensor, vocab_size: int) -> Iterator[tuple[T
 
 @torch.inference_mode()
 def evaluate(llama: Llama, blocks: Tensor, batch_size: int, runtime: Runtime) -> float:
-    """Return the mean loss over all tokens that blocks (blocks, block_size + 1) predict."""
+    """Return the mean loss of all tokens but the first of blocks (blocks, block_size + 1)."""
     was_training = llama.training
     llama.eval()
     loss = 0.0

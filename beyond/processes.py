@@ -1,7 +1,8 @@
-"""Several processes: `torchrun` starts them, and each computes its own rows of every batch.
+"""Several processes: `torchrun` starts them; in training each computes its own rows of a batch.
 
 PyTorch's DistributedDataParallel (Li et al. 2020, arXiv:2006.15704) averages the gradients. Only
-the main process (rank 0) writes, prints and logs. With one process nothing here has an effect.
+the main process (rank 0) writes files and prints results. With one process nothing is shared or
+averaged.
 """
 
 import os
@@ -22,7 +23,7 @@ from beyond.runtime import to_device
 def start_processes(use_gpu: bool) -> None:
     """Join the processes that `torchrun` has started, if it has.
 
-    From here on all but the main process print nothing.
+    From here on only the main process prints on standard output.
     """
     if not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
         return
@@ -138,8 +139,8 @@ def backward_in_micro_batches(
     parts = list(zip(*(x.split(micro_batch_size or len(x)) for x in rows), strict=True))
     total = torch.zeros((), device=device)
     for number, part in enumerate(parts, start=1):
-        more_to_come = isinstance(model, DistributedDataParallel) and number < len(parts)
-        with model.no_sync() if more_to_come else nullcontext():  # type: ignore[operator]
+        delay_averaging = isinstance(model, DistributedDataParallel) and number < len(parts)
+        with model.no_sync() if delay_averaging else nullcontext():  # type: ignore[operator]
             loss = loss_fn(model, *(to_device(x, device) for x in part)) / divisor
             (loss * weight).backward()
         if weight:

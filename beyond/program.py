@@ -1,4 +1,4 @@
-"""From a command line to an exit status: signals, processes, and one line for every error."""
+"""From a command line to an exit status: signals, processes, and errors in one line."""
 
 import io
 import sys
@@ -20,7 +20,8 @@ def run_program(get_options: Callable[[], Options], task: Callable[[Options], No
         task: called with the options, after the checks that need no model.
 
     Returns:
-        The exit status: 0, 2 after an error, 128 + signal after SIGINT or SIGTERM.
+        The exit status: 0; 1 if another process is lost; 2 after an error; 128 + the signal's
+        number after SIGINT or SIGTERM.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Line by line, so that a log file shows a run's progress. Characters that the terminal

@@ -85,8 +85,8 @@ class TrainingRun[B: TrainingBatch]:
         self.best: float | None = None
         self.step_log = StepLog()
         self.log_name = f"{Path(options.filepath).stem}-{datetime.now():%Y%m%d-%H%M%S}"
-        self.epoch_start_order = generator.get_state()  # the generator's, at the epoch's start
-        # PyTorch's random state at `position`, or None while PyTorch itself is in that state.
+        self.epoch_start_generator_state = generator.get_state()
+        # PyTorch's random state at `position` if PyTorch's own has moved on since then, else None.
         self.random_state: dict[str, Any] | None = None
 
     @property
@@ -105,7 +105,7 @@ class TrainingRun[B: TrainingBatch]:
         while self.position.epoch < self.options.epochs:
             yield self.position.epoch
             self.position = Position(self.position.epoch + 1)
-            self.epoch_start_order = self.generator.get_state()
+            self.epoch_start_generator_state = self.generator.get_state()
             self.random_state = None
             self.step_log.write(self.writer)
             self.step_log.start_epoch()
@@ -208,7 +208,7 @@ class TrainingRun[B: TrainingBatch]:
             "position": asdict(self.position),
             "best": self.best,
             "totals": asdict(self.step_log.totals),
-            "order": self.epoch_start_order,
+            "order": self.epoch_start_generator_state,
             "random": gather(self.random_state or get_random_state()),  # by rank
             "log": self.log_name,
             "model": self.model.state_dict(),
@@ -227,12 +227,12 @@ class TrainingRun[B: TrainingBatch]:
         self.best = None if state["best"] is None else float(state["best"])
         if self.best is not None and is_main_process() and not Path(self.options.filepath).exists():
             raise ValueError(f"{self.options.filepath}, the best epoch's result, is missing")
-        self.epoch_start_order = state["order"]
-        self.generator.set_state(self.epoch_start_order)
+        self.epoch_start_generator_state = state["order"]
+        self.generator.set_state(self.epoch_start_generator_state)
         # None if the saved run had fewer processes: this one keeps its own random state.
         self.random_state = dict(enumerate(state["random"])).get(rank())
         if self.random_state is not None:
-            set_random_state(self.random_state)
+            set_random_state(self.random_state)  # raises if it is not valid
         if not state["log"].startswith(f"{Path(self.options.filepath).stem}-"):
             raise ValueError(f"{state['log']!r} is not a log of this run")
         self.log_name = state["log"]

@@ -61,7 +61,7 @@ def resolve_runtime(options: TaskOptions, causal: bool) -> Runtime:
 def load_model(
     options: TaskOptions, dropout: float | None = None, max_seq_len: int | None = None
 ) -> tuple[Llama, Tokenizer, Runtime]:
-    """Load the pretrained model, on the CPU, and its tokenizer, and find out how to compute.
+    """Load the pretrained model, on the CPU, and its tokenizer; choose device, dtype and mode.
 
     Args:
         options: say which checkpoint and tokenizer.

@@ -11,6 +11,7 @@ from beyond.processes import broadcast_object, is_main_process
 from beyond.run import check_hyperparameters
 from utils import fingerprint, open_atomically
 
+SPLITS = ((0, "dev"), (1, "test"))
 Finetune = Callable[[FinetuneOptions], tuple[float, float]]  # returns accuracy on dev and test
 
 
@@ -40,9 +41,6 @@ def run_seeds(options: FinetuneOptions, finetune: Finetune) -> None:
         mean, deviation = values.values()
         print(f"{split} acc over {len(done)} seeds :: {mean:.3f} +- {deviation:.3f}")
     print(f"Wrote the accuracies to {path}.")
-
-
-SPLITS = ((0, "dev"), (1, "test"))
 
 
 def summarise(values: Sequence[float]) -> dict[str, float]:

@@ -4,9 +4,11 @@
     uv run python data/download.py data/sst-dev.txt   fetch one file
     uv run python data/download.py --from DIR_OR_URL  fetch from another place with the same layout
 
-A file is written to `<name>.part` and renamed to `<name>` when its size and SHA-256 match the
-values pinned below. An interrupted download is resumed from the part file. Progress is printed on
-standard error. An error ends the program with one line on standard error and exit status 2.
+A file is written to a part file (`<name>.part` or `<name>.hub.part`) and renamed to `<name>` when
+its size and SHA-256 match the values pinned below. (The SHA-256 of the course's checkpoint is not
+published: its size and CRC-32 have to suffice.) An interrupted download is resumed from the part
+file. Progress is printed on standard error. An error ends the program with one line on standard
+error and exit status 2.
 """
 
 import argparse
@@ -208,7 +210,7 @@ def receive(url: str, pinned: PinnedFile, part: Path) -> str:
         if size != pinned.size and (size is not None or is_html):
             found = "an HTML page" if is_html else f"{size:,}"
             raise SourceError(f"{url}: expected {pinned.size:,} bytes, found {found}")
-        left = pinned.size - start + 1  # + 1: a byte more than expected shows a body too long
+        left = pinned.size - start + 1  # + 1: one extra byte shows that the body is too long
         with (
             open(part, "ab" if start else "wb") as file,
             tqdm(

@@ -270,7 +270,7 @@ def test_which_texts_need_more_than_the_assignments_own_loop(workplace: Path) ->
         (["--stream"], True),
     ):
         args = get_args(argv)
-        assert isinstance(args, GenerateOptions) and args.needs_decoding == needed
+        assert isinstance(args, GenerateOptions) and args.exceeds_assignment == needed
 
 
 if __name__ == "__main__":
