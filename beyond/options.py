@@ -323,6 +323,7 @@ class RunOptions:
     filepath: str  # of the result
     log_folder: Path  # where TensorBoard finds the runs
     input_files: tuple[str, ...]
+    output_files: tuple[str, ...]
     hyperparameters: Mapping[str, str]
     seed: int  # of the order of the data
     epochs: int
@@ -388,6 +389,7 @@ class TrainingOptions(DataOptions):
             filepath=self.filepath,
             log_folder=self.log_folder,
             input_files=self.input_files,
+            output_files=self.output_files,
             hyperparameters=self.hyperparameters(),
             seed=self.seed,
             epochs=self.epochs,

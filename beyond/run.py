@@ -5,6 +5,7 @@ Its training checkpoint lies beside its result, in `<filepath>.state`. It is wri
 """
 
 import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -233,7 +234,9 @@ class TrainingRun[B: TrainingBatch]:
         self.random_state = dict(enumerate(state["random"])).get(rank())
         if self.random_state is not None:
             set_random_state(self.random_state)  # raises if it is not valid
-        if not state["log"].startswith(f"{Path(self.options.filepath).stem}-"):
+        # Its form is checked exactly: a name with "../" in it would lead to another folder.
+        stem = re.escape(Path(self.options.filepath).stem)
+        if not re.fullmatch(rf"{stem}-[0-9]{{8}}-[0-9]{{6}}", state["log"]):
             raise ValueError(f"{state['log']!r} is not a log of this run")
         self.log_name = state["log"]
         for name, tensor in self.model.state_dict().items():
@@ -294,8 +297,8 @@ def resume(run: TrainingRun[Any]) -> None:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: cannot resume: {reason}") from None
     if is_main_process():
-        remove_leftovers(path)
-        remove_leftovers(run.options.filepath)
+        for output in (str(path), *run.options.output_files):
+            remove_leftovers(output)
 
 
 def read_training_checkpoint(path: Path, hyperparameters: Mapping[str, str]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Throw broken and hostile input at everything that reads input, and count what comes of it.
 
-    uv run python -m tests.fuzz --inputs 20000 --seed 0     all of them, with a table of counts
-    uv run python -m tests.fuzz --seed 0 --only 1234        one of them again
+    uv run python -m tests.sweeps.fuzz --inputs 20000 --seed 0   all of them, with a table of counts
+    uv run python -m tests.sweeps.fuzz --seed 0 --only 1234      one of them again
 
 Every input must end in a result or in an error that `main` reports in one line, within `TIME`
 seconds and `MEMORY` bytes. Meanwhile no file may change but the named outputs, no program may be
@@ -16,7 +16,6 @@ import importlib
 import io
 import json
 import math
-import multiprocessing
 import os
 import pickle
 import random
@@ -30,7 +29,7 @@ import threading
 import time
 import traceback
 import zipfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -39,18 +38,25 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from tqdm import tqdm
 
 import rope
 from base_llama import write_checkpoint
+from beyond.command_line import get_args
+from beyond.generation import decode_stream
+from beyond.options import TASKS, PretrainOptions, RunOptions, TrainingOptions, flags_of
+from beyond.pretraining import Blocks
+from beyond.run import TrainingRun, start_run
+from beyond.runtime import Runtime
 from classifier import ClassifierConfig, LlamaEmbeddingClassifier, load_classifier
 from llama import load_pretrained
 from optimizer import AdamW
-from run_llama import build_prompt_suffix, create_data, get_args, main, read_label_names
+from run_llama import build_prompt_suffix, create_data, main
+from tests.beyond.forks import LATE_IMPORTS, warm_context
 from tests.conftest import LABEL_NAMES, SENTENCES, make_llama, save_llama
-from tests.test_download import Answers, Step, load_download, make_zip
+from tests.data.test_download import Answers, Step, load_download, make_zip
 from tokenizer import Tokenizer, train_tokenizer
-from training import TrainingRun
-from utils import describe_error, read_documents
+from utils import describe_error, read_documents, read_label_names
 
 TIME = 5.0  # seconds for one input
 START = 120.0  # seconds for a worker to begin: it imports PyTorch, on what may be a busy machine
@@ -453,18 +459,42 @@ def fine_tuned(rng: random.Random) -> Case:
     return Case(run, (path,))
 
 
-def start_run(resume: bool) -> TrainingRun:
-    """A training run in the current folder."""
+BATCHES = [Blocks(torch.ones(1, 3), torch.zeros(1, 3).long()) for _ in range(3)]
+
+
+def train(resume: bool, steps: int | None = None) -> None:
+    """Train a tiny model in the current folder, for three epochs or for so many steps."""
+    options = RunOptions(
+        filepath="run.pt",
+        log_folder=Path("logs"),
+        input_files=(),
+        output_files=("run.pt",),
+        hyperparameters={"lr": "0.001"},
+        seed=0,
+        epochs=3,
+        batch_size=1,
+        micro_batch_size=None,
+        save_every=1,
+        resume=resume,
+    )
     model = torch.nn.Linear(3, 2)
     optimizer = AdamW(model.parameters())
-    settings, logs = {"lr": "0.001"}, Path("logs")
-    return TrainingRun(
-        model, optimizer, torch.Generator(), "run.pt", settings, 3, None, logs, resume
-    )
+    runtime = Runtime(torch.device("cpu"), torch.float32, causal=True)
+    run: TrainingRun[Blocks]
+    with start_run(model, optimizer, lambda *_: BATCHES, options, runtime) as run:
+        for _ in run.epochs():
+            for batch in run.batches():
+                if run.step == steps:
+                    return
+                optimizer.zero_grad()
+                loss = run.backward(lambda model, rows: model(rows).sum(), batch, 1)
+                optimizer.step()
+                run.log(loss)
+            run.is_best(run.epoch_totals().loss)
 
 
 def training_state(rng: random.Random) -> Case:
-    """An interrupted run's state, gone on from."""
+    """The training checkpoint of an interrupted run, which is resumed."""
     whole = SAMPLES.files["run.pt.state"]
     kind = rng.random()
     if kind < 0.2:
@@ -478,19 +508,16 @@ def training_state(rng: random.Random) -> Case:
     else:
         content = whole
         name = rng.choice(list(SAMPLES.state))
-        with suppress(Exception):  # what cannot be saved
-            content = serialise({**SAMPLES.state, name: change(rng, SAMPLES.state[name])})
+        folders = (f"/../../{CANARY}", f"/../../../{CANARY}", "a" * 300, "\0", text(rng))
+        log = f"run-{rng.choice(folders)}"
+        with suppress(Exception):  # what cannot be made or saved
+            odd = log if name == "log" and rng.random() < 0.5 else change(rng, SAMPLES.state[name])
+            content = serialise({**SAMPLES.state, name: odd})
     path = put("run.pt.state", content)
     put("run.pt", b"")
 
-    def run() -> None:
-        going_on = start_run(resume=True)
-        for batch in going_on.batches(torch.ones(9, 1, 3)):
-            going_on.optimizer.zero_grad()
-            going_on.model(batch).sum().backward()
-            going_on.optimizer.step()
-
-    return Case(run, (path,))
+    # A step says where it is, if the values in the file are finite but too large.
+    return Case(lambda: train(resume=True), (path, "step "), outputs=("run.pt.state", "logs/"))
 
 
 def change(rng: random.Random, value: Any) -> Any:
@@ -550,7 +577,7 @@ def tokenizer_file(rng: random.Random) -> Case:
         ids = tokenizer.encode("A warm  film, naïve 映画 🎬 123", bos=True, eos=True)
         assert all(0 <= token < tokenizer.n_words for token in ids)
         tokenizer.decode(ids)
-        "".join(tokenizer.decode_stream(ids))
+        "".join(decode_stream(tokenizer, ids))
 
     return Case(run, (path,))
 
@@ -681,14 +708,14 @@ def download(rng: random.Random) -> Case:
 
 
 def arguments(rng: random.Random, inputs: Sequence[str], outputs: Sequence[str]) -> list[str]:
-    """Words of a command line."""
+    """Make the words of a command line; most flags are among those of its task."""
     ints = ["-1", "0", "1", "3", "7", "99999999999999999999", "1" + "0" * 400, "9" * 5000, "1_0"]
     floats = ["0", "-0.0", "1e-320", "0.5", "1", "1e38", "1e39", "1e300", "inf", "nan", "x", ""]
     numbers = {"max_sentence_len": ints, "seed": ints, "max_new_tokens": ["1", "3"], "top_k": ints}
     numbers |= {"num_samples": ["0", "1", "2"], "epochs": ["0", "1"], "batch_size": ints, "x": ints}
     numbers |= dict.fromkeys(("dropout", "temperature", "top_p", "lr"), floats)
     numbers |= dict.fromkeys(("dim", "n_layers", "n_heads", "n_kv_heads"), ["1", "2", "8", "-1"])
-    numbers |= {"hidden_dropout_prob": floats, "max_seq_len": ["1", "2", "64", *ints]}
+    numbers |= {"hidden_dropout_prob": floats, "max_seq_len": ["1", "2", "16", "64", *ints]}
     words = {name: rng.choice(values) for name, values in numbers.items()}
     words |= {"prompt": rng.choice(("A film", "", "-", text(rng))), "quantize": "int8"}
     words |= {"dtype": rng.choice(("bfloat16", "float64")), "dataset": rng.choice(("sst", "x"))}
@@ -700,18 +727,30 @@ def arguments(rng: random.Random, inputs: Sequence[str], outputs: Sequence[str])
     files = ["generated_sentence_low_temp_out", "generated_sentence_high_temp_out", "dev_out"]
     words |= {name: rng.choice(outputs) for name in (*files, "test_out", "filepath")}
     switches = ["causal", "no-causal", "stop_at_eos", "stream", "use_gpu", "caus", "", "compile "]
-    switches += ["resume", "deterministic"]
+    switches += ["resume", "deterministic", "compile"]
     argv = []
     if rng.random() < 0.8:
         argv += ["--option", rng.choice(("generate", "prompt", "prompt", "finetune", "pretrain"))]
+    known = flags_of(TASKS[task_of(argv)])
+    own = [name for name in (*words, *switches) if flag_name(name) in {*known, "no_causal"}]
     for _ in range(rng.choice((0, 1, 1, 2, 4))):
-        name = rng.choice((*words, rng.choice(switches)))
+        name = rng.choice(own if rng.random() < 0.8 else (*words, rng.choice(switches)))
         flag = f"--{name.replace(*rng.choice(('_-', '-_')))}"
         if name in words:
             argv += rng.choice(([flag, words[name]], [f"{flag}={words[name]}"]))
         else:
             argv.append(flag)
     return argv
+
+
+def task_of(argv: Sequence[str]) -> str:
+    """Return the task of a command line that `arguments` has made."""
+    return argv[1] if argv[:1] == ["--option"] else "generate"
+
+
+def flag_name(word: str) -> str:
+    """Return the name of the option that a word of a command line sets, if it is a flag."""
+    return word.partition("=")[0].removeprefix("--").replace("-", "_")
 
 
 def argument_words(rng: random.Random) -> Case:
@@ -726,11 +765,12 @@ def argument_words(rng: random.Random) -> Case:
 
     def run() -> None:
         try:
-            args = get_args(argv)
+            options = get_args(argv)
         except SystemExit as stop:
             assert not stop.code and {"-h", "--help"} & set(argv)
         else:
-            assert args.epochs >= 1 and args.outfiles
+            assert options.input_files and options.output_files
+            assert not isinstance(options, TrainingOptions) or options.epochs >= 1
 
     return Case(run)
 
@@ -756,15 +796,19 @@ def whole_run(rng: random.Random) -> Case:
     outputs += [f"out/{split}-{kind}-output.txt" for split in ("dev", "test") for kind in KINDS]
     outputs += ["out/caf\udce9.txt", "out/\udce9/dev-prompting-output.txt"]
     argv = arguments(rng, [*odd, "odd.txt", "odd.json", "odd.pt", "odd.model"], outputs)
-    argv += ["--max_new_tokens", "2", "--epochs", "1"]
+    argv = [word for word in argv if word != "--compile"]  # takes too long
+    task = task_of(argv)
+    argv += ["--max_new_tokens", "2"] if task == "generate" else []
+    argv += ["--epochs", "1"] if task in ("finetune", "pretrain") else []
     for flag, name in (("--dev", "odd.txt"), ("--label-names", "odd.json")):
-        if rng.random() < 0.3:
+        if rng.random() < (0.3 if flag_name(flag) in flags_of(TASKS[task]) else 0.03):
             argv += [flag, name]
     for flag, name in (("--pretrained-model-path", "odd.pt"), ("--tokenizer_path", "odd.model")):
         if rng.random() < 0.2:
             argv += [flag, name]
-    if "--dim" in " ".join(argv):
-        argv += ["--dim", "8"]  # of the size of a test
+    if any(flag_name(word) in PretrainOptions.shape_names for word in argv):
+        argv += ["--dim", "8"]  # small enough for a test
+        argv += ["--tokenizer_path", "tokenizer.model"] if rng.random() < 0.7 else []
 
     def run() -> None:
         sys.stdin = io.TextIOWrapper(io.BytesIO(b"A film\xff"))
@@ -855,11 +899,7 @@ def make_samples(folder: Path) -> None:
     model = LlamaEmbeddingClassifier(ClassifierConfig(2, "", 0.3, "finetune"), llama)
     write_checkpoint(folder / "classifier.pt", model.to_checkpoint())
     with tempfile.TemporaryDirectory() as elsewhere, contextlib.chdir(elsewhere):
-        with start_run(resume=False) as run:
-            run.model(torch.ones(1, 3)).sum().backward()
-            run.optimizer.step()
-            run.done = run.step = 1
-            run.save()
+        train(resume=False, steps=4)
         shutil.copy("run.pt.state", folder)
     (folder / "cfimdb-dev.txt").write_text("\n".join(SENTENCES) + "\n")
     train_tokenizer([folder / "cfimdb-dev.txt"], VOCAB_SIZE, folder / "tokenizer.model")
@@ -880,9 +920,9 @@ def load_samples(folder: Path) -> Samples:
     module.TIMEOUT, module.LIMIT = 0.1, 0.3
     sha256 = hashlib.sha256(ENTIRE).hexdigest()
     module.FILES = (
-        module.Pinned(sha256, len(ENTIRE), FILE, server.url),
-        module.Pinned(None, len(MODEL_CONTENT), MODEL, server.url),
-        module.Pinned(sha256, len(ENTIRE), MODEL, server.url, ".hub.part"),
+        module.PinnedFile(sha256, len(ENTIRE), FILE, server.url),
+        module.PinnedFile(None, len(MODEL_CONTENT), MODEL, server.url),
+        module.PinnedFile(sha256, len(ENTIRE), MODEL, server.url, ".hub.part"),
     )
     tokenizer = Tokenizer(None, folder / "tokenizer.model")
     return Samples(files, checkpoint, classifier, state, tokenizer, server, module)
@@ -967,7 +1007,7 @@ def try_one(target: Target, rng: random.Random, place: Path, guard: Guard) -> st
         raise Violation(f"did what no input may do: {guard.seen}")
     os.chdir(place)
     if Path(CANARY).exists():
-        raise Violation("ran code of the file")
+        raise Violation(f"made the folder {CANARY}: by code in the file, or by a path in it")
     after = files_below(place)
     for name in before.keys() | after.keys():
         if before.get(name) != after.get(name) and not name.startswith(case.outputs or "\0"):
@@ -982,13 +1022,17 @@ def worker(
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "no_proxy": "*"}
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     torch.set_num_threads(1)
-    for slow in ("torch._dynamo", "torch.utils.tensorboard"):  # imported late, and takes seconds
-        importlib.import_module(slow)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore that a killed process leaves
+    for module in LATE_IMPORTS:
+        importlib.import_module(module)
     tempfile.gettempdir()  # tries by a file where it is, once
     for stream, name in ((1, "stdout"), (2, "stderr")):
         # Read back, so that what C++ code prints counts too.
         with open(folder / name, "wb+") as file:
             os.dup2(file.fileno(), stream)
+    if not (folder / "samples").exists():  # this is the first worker
+        (folder / "samples").mkdir()
+        make_samples(folder / "samples")
     global SAMPLES
     SAMPLES = load_samples(folder / "samples")
     guard = Guard(folder / "place")
@@ -1014,19 +1058,23 @@ class Tally:
     def __init__(self) -> None:
         self.counts: Counter[tuple[str, str]] = Counter()  # by target and outcome
         self.violations: list[str] = []
+        self.seconds: defaultdict[str, float] = defaultdict(float)  # by target
         self.slowest = (0.0, -1)  # seconds, input
 
     def table(self) -> str:
         counts = Counter(self.counts)
         for (_, outcome), count in self.counts.items():
             counts["all", outcome] += count
-        rows = [f"{'target':<16}{'inputs':>8}{'results':>9}{'errors':>8}{'violations':>12}"]
+        seconds = {**self.seconds, "all": sum(self.seconds.values())}
+        heads = f"{'inputs':>8}{'results':>9}{'errors':>8}{'violations':>12}{'seconds':>9}"
+        rows = [f"{'target':<16}{heads}"]
         for target in dict.fromkeys([*sorted(target for target, _ in self.counts), "all"]):
             result, error, violation = (
                 counts[target, outcome] for outcome in ("result", "error", "VIOLATION")
             )
             total = result + error + violation
-            rows.append(f"{target:<16}{total:>8,}{result:>9,}{error:>8,}{violation:>12,}")
+            numbers = f"{total:>8,}{result:>9,}{error:>8,}{violation:>12,}{seconds[target]:>9.1f}"
+            rows.append(f"{target:<16}{numbers}")
         return "\n".join(rows)
 
 
@@ -1043,11 +1091,9 @@ def fuzz(
     """Try inputs on targets (None: on all); a worker that hangs or dies is replaced."""
     targets = TARGETS if targets is None else targets
     tally = Tally()
-    context = multiprocessing.get_context("spawn")
+    context = warm_context()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
-        (folder / "samples").mkdir()
-        make_samples(folder / "samples")
         while indices and len(tally.violations) < MOST:
             ours, theirs = context.Pipe()
             process = context.Process(
@@ -1070,9 +1116,10 @@ def fuzz(
                     process.join()
                     outcome, detail = "VIOLATION", f"died: exit status {process.exitcode}"
                 tally.counts[target, outcome] += 1
+                tally.seconds[target] += seconds
                 tally.slowest = max(tally.slowest, (seconds, index))
                 if outcome == "VIOLATION":
-                    again = f"python -m tests.fuzz --seed {seed} --only {index}"
+                    again = f"python -m tests.sweeps.fuzz --seed {seed} --only {index}"
                     tally.violations.append(f"{target}: {detail}\nreproduce: {again}")
                     if not seconds:  # this worker is of no more use
                         process.kill()

@@ -1,0 +1,258 @@
+"""Several processes compute what one does; if one is lost, the others end too.
+
+What depends on torchrun itself starts it. The other tests start processes with torchrun's
+environment in forks of a warm process, which takes a tenth of the time.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from base_llama import load_safely
+from run_llama import main
+from tests.beyond.runs import (
+    FINETUNE,
+    INT,
+    PRETRAIN,
+    Job,
+    RunForks,
+    Strike,
+    assert_close_results,
+    copy_of,
+    epoch_lines,
+    free_port,
+    run,
+)
+from tests.conftest import ROOT
+
+# Without dropout, since each process draws its own random numbers.
+STILL = ["--dropout", "0", "--lr", "1e-4", "--epochs", "2"]
+STILL_FINETUNE = [*FINETUNE, *STILL, "--hidden_dropout_prob", "0"]
+STILL_PRETRAIN = [*PRETRAIN, *STILL]
+
+
+def start_torchrun(
+    processes: int, argv: Sequence[str], cwd: Path, machines: Sequence[str] = ("--standalone",)
+) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", *machines]
+    command += ["--nproc_per_node", str(processes), str(ROOT / "run_llama.py"), *argv]
+    return subprocess.Popen(
+        command,
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def torchrun(processes: int, argv: Sequence[str], cwd: Path) -> str:
+    """Return the standard output of a run of several processes that has to succeed."""
+    process = start_torchrun(processes, argv, cwd)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    return out
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[int]:
+    """Return the ids of the processes that torchrun has started."""
+    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(pid) for pid in path.read_text().split()]
+
+
+# ------------------------------------------------------------------------------------ same results
+
+
+def check_several_processes(
+    workplace: Path, capsys: pytest.CaptureFixture[str], argv: Sequence[str], out: str
+) -> None:
+    """Compare the run of several processes in the folder `several` with one process.
+
+    Args:
+        workplace: the current folder, where one process runs.
+        capsys: captures its output.
+        argv: the command line of both.
+        out: what the several processes have printed.
+    """
+    folder = workplace / "several"
+    status, expected, _ = run([*argv], capsys)
+    assert status == 0
+    assert epoch_lines(out) == epoch_lines(expected)
+    assert out.count("save the model") == expected.count("save the model")
+    assert_close_results(folder, workplace)
+    (log,) = [path for path in (folder / "out").iterdir() if path.is_dir()]
+    assert len(list(log.iterdir())) == 1  # one process has written
+    (theirs,) = [path for path in Path("out").iterdir() if path.is_dir()]
+    curves = [
+        [event.value for event in EventAccumulator(str(path)).Reload().Scalars("step/loss")]
+        for path in (log, theirs)
+    ]
+    assert curves[0] == pytest.approx(curves[1], abs=1e-5)
+
+
+def test_torchrun_computes_what_one_process_does(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [*STILL_FINETUNE, "--micro_batch_size", "1"]
+    out = torchrun(2, argv, copy_of(workplace, "several"))
+    check_several_processes(workplace, capsys, argv, out)
+
+
+@pytest.mark.parametrize(
+    ("processes", "argv"),
+    [
+        (2, [*STILL_FINETUNE, "--causal"]),
+        (3, STILL_FINETUNE),  # an epoch's last batch has two rows: none for the third process
+        (2, [*STILL_PRETRAIN, "--micro_batch_size", "1"]),
+        (3, STILL_PRETRAIN),  # batches of two blocks, and an epoch's last one of one
+    ],
+)
+def test_several_processes_compute_what_one_does(
+    run_forks: RunForks,
+    workplace: Path,
+    capsys: pytest.CaptureFixture[str],
+    processes: int,
+    argv: list[str],
+) -> None:
+    folder = copy_of(workplace, "several")
+    ((status, out, err),) = run_forks([Job(argv, folder, processes=processes)])
+    assert status == 0, err
+    check_several_processes(workplace, capsys, argv, out)
+
+
+def test_prompt_in_several_processes(
+    run_forks: RunForks, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--option", "prompt", "--batch_size", "3"]
+    folder = copy_of(workplace, "several")
+    ((several_status, out, err),) = run_forks([Job(argv, folder, processes=2)])
+    assert several_status == 0, err
+    status, expected, _ = run(argv, capsys)
+    assert status == 0 and out == expected
+    for split in ("dev", "test"):
+        name = f"output/task_2/cfimdb-{split}-prompting-output.txt"
+        assert (folder / name).read_bytes() == Path(name).read_bytes()
+
+
+def test_generate_is_for_one_process(workplace: Path) -> None:
+    process = start_torchrun(2, [], workplace)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "error: --option generate runs in one process; start it without torchrun" in err
+
+
+# -------------------------------------------------------------------------------------- signals
+
+
+def test_another_number_of_processes_resumes(run_forks: RunForks, workplace: Path) -> None:
+    """One process is interrupted; three resume the run and are interrupted; two finish it."""
+    argv = [*STILL_FINETUNE, "--epochs", "30", "--lr", "1e-5"]  # long enough to be interrupted
+    assert main(argv) == 0
+    folder = copy_of(workplace, "several")
+    state = folder / "out/a.pt.state"
+    ((status, _, _),) = run_forks([Job(argv, folder, Strike(INT, "step", 2))])
+    assert status == 130
+    assert load_safely(state)["position"] == {"epoch": 0, "step": 2}
+    process = start_torchrun(3, [*argv, "--resume", "--save_every", "1"], folder)
+    while load_safely(state)["position"] == {"epoch": 0, "step": 2}:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    second = load_safely(state)
+    position = second["position"]
+    assert (0, 2) < (position["epoch"], position["step"]) and len(second["random"]) == 3
+    ((status, _, err),) = run_forks([Job([*argv, "--resume"], folder, processes=2, keep=False)])
+    assert status == 0, err
+    assert_close_results(folder, workplace)
+    assert not state.exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_process_ends_all(run_forks: RunForks, workplace: Path, rank: int) -> None:
+    """All stop after the same step, the run is saved, and it can be resumed."""
+    assert main(STILL_FINETUNE) == 0
+    folder = copy_of(workplace, "several")
+    job = Job(STILL_FINETUNE, folder, Strike(INT, "step", 2, rank), processes=2)
+    ((status, out, err),) = run_forks([job])
+    assert status == 130, err
+    assert err.count("rank 0: interrupted; the same command with --resume continues") == 1
+    assert "rank 1" not in err
+    assert load_safely(folder / "out/a.pt.state")["position"] == {"epoch": 0, "step": 2}
+    job = Job([*STILL_FINETUNE, "--resume"], folder, processes=2)
+    ((status, _, err),) = run_forks([job])
+    assert status == 0, err
+    assert_close_results(folder, workplace)
+
+
+def test_a_dead_process_ends_the_others(workplace: Path) -> None:
+    """SIGKILL to one of three in the middle of training."""
+    argv = [*STILL_FINETUNE, "--epochs", "5000"]
+    process = start_torchrun(3, argv, workplace)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("epoch 1"):
+            break
+    ranks = ranks_of(process)
+    assert len(ranks) == 3
+    os.kill(ranks[1], signal.SIGKILL)
+    start = time.perf_counter()
+    _, err = process.communicate(timeout=60)
+    assert time.perf_counter() - start < 60 and process.returncode != 0
+    assert "Signal 9 (SIGKILL)" in err
+    for pid in ranks:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+# --------------------------------------------------------------------------------- two machines
+
+
+def start_two_machines(
+    workplace: Path, argv: Sequence[str]
+) -> list[tuple[Path, subprocess.Popen[str]]]:
+    """Start one process on each of two machines, which have the inputs but share no folder."""
+    endpoint = f"127.0.0.1:{free_port()}"
+    flags = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint]
+    folders = [copy_of(workplace, name) for name in ("one", "two")]
+    return [(folder, start_torchrun(1, argv, folder, flags)) for folder in folders]
+
+
+def test_two_machines(workplace: Path) -> None:
+    """Only the first process's machine has results; it may be either."""
+    assert main(STILL_FINETUNE) == 0
+    machines = start_two_machines(workplace, STILL_FINETUNE)
+    outs = []
+    for _, process in machines:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        outs.append(out)
+    writers = [folder for folder, _ in machines if (folder / "out/a.pt").exists()]
+    assert len(writers) == 1 and sum("dev acc" in out for out in outs) == 1
+    assert_close_results(writers[0], workplace)
+
+
+@pytest.mark.sweep  # a long start, and close to `test_a_dead_process_ends_the_others`
+def test_a_lost_machine_ends_the_other(workplace: Path) -> None:
+    """SIGKILL to all that runs on one of two."""
+    machines = start_two_machines(workplace, [*STILL_FINETUNE, "--epochs", "5000"])
+    results = [folder / "out/a.pt" for folder, _ in machines]
+    while not any(result.exists() for result in results):
+        for _, process in machines:
+            assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    (_, survivor), (_, lost) = machines
+    for pid in [*ranks_of(lost), lost.pid]:
+        os.kill(pid, signal.SIGKILL)
+    lost.communicate()
+    _, err = survivor.communicate(timeout=60)
+    assert survivor.returncode != 0
+    assert "error: lost another process: " in err

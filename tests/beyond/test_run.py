@@ -1,0 +1,370 @@
+"""Training runs that are killed and resumed, computed in micro-batches, and short of disk space.
+
+Signals are in `test_interrupts.py`, several processes in `test_processes.py`, and each kill point
+in `tests/sweeps/test_kill_points.py`.
+"""
+
+import os
+import re
+import subprocess
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+
+import run_llama
+from base_llama import load_safely, read_checkpoint
+from beyond.processes import backward_in_micro_batches
+from classifier import ClassifierConfig, LlamaEmbeddingClassifier
+from run_llama import main
+from tests.beyond.runs import (
+    FINETUNE,
+    KILL,
+    PRETRAIN,
+    RUNS,
+    Job,
+    RunForks,
+    Strike,
+    assert_same_results,
+    copy_of,
+    error_lines,
+    interrupt,
+    run,
+    run_uninterrupted,
+    strike_and_resume,
+)
+from tests.conftest import SENTENCES, make_llama, pad_rows, save_llama
+
+STATE = Path("out/a.pt.state")  # the training checkpoint of FINETUNE and PRETRAIN
+EVERY_TWO = ["--save_every", "2"]
+
+
+# -------------------------------------------------------------------------------------- resuming
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_killed_run_ends_as_if_it_had_not_been(
+    run_forks: RunForks, workplace: Path, kind: str
+) -> None:
+    """SIGKILL at a step, in a write, at a rename; then --resume: weights, moments, predictions."""
+    argv = RUNS[kind]
+    expected = run_uninterrupted(run_forks, workplace, argv)
+    points = [
+        (EVERY_TWO, Strike(KILL, "step", 7)),  # one step after a save
+        ([], Strike(KILL, "write", 4)),
+        ([], Strike(KILL, "replace", 4)),
+        (EVERY_TWO, Strike(KILL, "replaced", 5)),
+    ]
+    ends = [
+        strike_and_resume(run_forks, workplace, [*argv, *flags], strike, expected)
+        for flags, strike in points
+    ]
+    assert ends == [(True, True)] * len(points)
+
+
+def test_a_training_checkpoint_is_not_overwritten_and_goes_with_the_run(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert interrupt(FINETUNE, 4) == 130
+    before = STATE.read_bytes()
+    status, _, err = run(FINETUNE, capsys)
+    assert status == 2 and STATE.read_bytes() == before
+    assert err == (
+        "run_llama.py: error: out/a.pt.state: is the training checkpoint of an interrupted run; "
+        "resume the run with --resume, or delete the file to start again\n"
+    )
+    assert main([*FINETUNE, "--resume"]) == 0
+    assert not STATE.exists()
+    status, _, err = run([*FINETUNE, "--resume"], capsys)
+    assert status == 2 and "there is no training checkpoint; start without --resume" in err
+
+
+def test_a_training_checkpoint_without_its_best_checkpoint(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert interrupt(FINETUNE, 4) == 130
+    Path("out/a.pt").unlink()
+    status, _, err = run([*FINETUNE, "--resume"], capsys)
+    assert status == 2 and "out/a.pt, the best epoch's result, is missing" in err
+
+
+def test_resume_with_other_settings_lists_them(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert interrupt(FINETUNE, 4) == 130
+    before = STATE.read_bytes()
+    Path("data/cfimdb-train.txt").write_text("\n".join(SENTENCES[::-1]) + "\n")
+    argv = [*FINETUNE, "--resume", "--lr", "2e-3", "--hidden_dropout_prob", "0.1"]
+    status, out, err = run(argv, capsys)
+    assert status == 2 and "epoch" not in out and err.count("\n") == 1
+    beginning = "--resume: out/a.pt.state belongs to a run with other settings: SHA-256 of data/"
+    assert beginning in err
+    assert "; hidden_dropout_prob=0.3, now 0.1; lr=0.001, now 0.002\n" in err
+    assert STATE.read_bytes() == before
+
+
+State = dict[str, Any]
+
+
+def change_optimizer(state: State, **values: Any) -> State:
+    """Change the optimizer's state of every parameter."""
+    optimizer = {number: {**own, **values} for number, own in state["optimizer"].items()}
+    return {**state, "optimizer": optimizer}
+
+
+def without(state: State, name: str) -> State:
+    return {key: value for key, value in state.items() if key != name}
+
+
+DAMAGES: dict[str, Callable[[State], Any]] = {
+    "a list": lambda state: [1, 2],
+    "another checkpoint": lambda state: {"model": {}, "model_args": {}},
+    "hyperparameters": lambda state: {**state, "hyperparameters": None},
+    "moment of another shape": lambda state: change_optimizer(state, exp_avg=torch.zeros(3)),
+    "step 0 of the optimizer": lambda state: change_optimizer(state, step=0),
+    "position before the first step": lambda state: {**state, "position": {"epoch": 0, "step": -1}},
+    "position before the first epoch": lambda state: {
+        **state,
+        "position": {"epoch": -1, "step": 0},
+    },
+    "position without a step": lambda state: {**state, "position": {"epoch": 1}},
+    "log of another run": lambda state: {**state, "log": "b-20260101-000000"},
+    "log elsewhere": lambda state: {**state, "log": "../../elsewhere"},
+    "log elsewhere, by its name": lambda state: {**state, "log": "a-/../../../elsewhere"},
+    "random state": lambda state: {
+        **state,
+        "random": [{**state["random"][0], "torch": torch.zeros(3)}],
+    },
+    "order": lambda state: {**state, "order": torch.zeros(7, dtype=torch.uint8)},
+}
+KEYS = "hyperparameters position best totals order random log model optimizer".split()
+DAMAGES |= {f"without {key}": partial(without, name=key) for key in KEYS}
+
+
+@pytest.mark.parametrize("name", ["truncated", *DAMAGES])
+def test_a_damaged_training_checkpoint_is_one_line(
+    workplace: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    assert interrupt(FINETUNE, 4) == 130
+    if name == "truncated":
+        STATE.write_bytes(STATE.read_bytes()[:-1000])
+    else:
+        state = load_safely(STATE)
+        assert {*KEYS} == state.keys()
+        torch.save(DAMAGES[name](state), STATE)
+    status, _, err = run([*FINETUNE, "--resume"], capsys)
+    assert status == 2 and err.count("\n") == 1, err
+    assert err.startswith("run_llama.py: error: out/a.pt.state: ")
+
+
+def test_a_training_checkpoint_of_an_earlier_version_is_refused_by_name(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert interrupt(FINETUNE, 4) == 130
+    state = load_safely(STATE)
+    same = {key: state[key] for key in ("best", "order", "random", "log", "model", "optimizer")}
+    earlier = {"settings": state["hyperparameters"], "epoch": 1, "done": 1, "step": 4}
+    torch.save({**earlier, "totals": [1.0, 30.0, 40.0], **same}, STATE)
+    before = STATE.read_bytes()
+    status, _, err = run([*FINETUNE, "--resume"], capsys)
+    assert status == 2 and STATE.read_bytes() == before
+    assert err == (
+        "run_llama.py: error: out/a.pt.state: an earlier version of this program wrote this "
+        "training checkpoint; finish the run with that version, or delete the file and start "
+        "again\n"
+    )
+
+
+def test_a_resumed_run_goes_on_in_its_own_curves(workplace: Path) -> None:
+    assert interrupt(FINETUNE, 8) == 130
+    assert main([*FINETUNE, "--resume"]) == 0
+    (folder,) = [path for path in Path("out").iterdir() if path.is_dir()]
+    events = EventAccumulator(str(folder)).Reload()
+    assert [event.step for event in events.Scalars("step/loss")] == list(range(12))
+    assert [event.step for event in events.Scalars("accuracy/dev")] == [0, 1, 2, 3]
+
+
+def test_a_loss_of_nan_keeps_the_last_good_training_checkpoint(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Spoiling(run_llama.AdamW):
+        steps = 0
+
+        def step(self, closure=None):  # type: ignore[no-untyped-def]
+            super().step(closure)
+            Spoiling.steps += 1
+            if Spoiling.steps == 7:
+                with torch.no_grad():
+                    self.param_groups[0]["params"][-1].fill_(float("nan"))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_llama, "AdamW", Spoiling)
+        status, _, err = run([*FINETUNE, "--save_every", "1"], capsys)
+    assert status == 2 and "step 6: made weights that are infinite or NaN" in err
+    state = load_safely(STATE)
+    assert state["position"] == {"epoch": 1, "step": 3}  # six steps are done
+    assert all(tensor.isfinite().all() for tensor in state["model"].values())
+
+
+def test_deterministic_runs_are_equal(run_forks: RunForks, workplace: Path) -> None:
+    argv = [*FINETUNE, "--deterministic"]
+    folders = [copy_of(workplace, name) for name in "ab"]
+    results = run_forks([Job(argv, folder) for folder in folders])
+    assert [result.status for result in results] == [0, 0]
+    assert_same_results(folders[0], folders[1])
+
+
+# ---------------------------------------------------------------------------------- micro-batches
+
+
+def make_classifier(causal: bool) -> LlamaEmbeddingClassifier:
+    config = ClassifierConfig(2, "", 0.0, "finetune")
+    return LlamaEmbeddingClassifier(config, make_llama(causal))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("size", [1, 3, 4, 7, 9])
+def test_micro_batches_have_the_same_loss_and_gradients(causal: bool, size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        torch.randint(3, 320, (length,), generator=generator).tolist()
+        for length in (3, 9, 14, 5, 7, 2, 11)
+    ]
+    tokens, lengths = pad_rows(rows, 3)
+    labels = torch.tensor([0, 1, 1, 0, 1, 0, 0])
+    model = make_classifier(causal)
+
+    def loss_fn(model: nn.Module, *rows: Tensor) -> Tensor:
+        return nn.functional.nll_loss(model(*rows[:2]), rows[2], reduction="sum")
+
+    batch = (tokens, lengths, labels)
+    expected = backward_in_micro_batches(loss_fn, model, batch, 10)
+    gradients = [parameter.grad for parameter in model.parameters()]
+    assert expected == loss_fn(model, *batch) / 10
+    model.zero_grad()
+    loss = backward_in_micro_batches(loss_fn, model, batch, 10, size)
+    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_micro_batches_train_alike(workplace: Path, kind: str) -> None:
+    still = [*RUNS[kind], "--dropout", "0"]
+    still += [] if kind == "pretrain" else ["--hidden_dropout_prob", "0", "--lr", "1e-4"]
+    weights = []
+    for flags in ([], ["--micro_batch_size", "1"]):
+        assert main([*still, *flags]) == 0
+        weights.append(read_checkpoint("out/a.pt")["model"])
+    for name in weights[0]:
+        torch.testing.assert_close(weights[1][name], weights[0][name], atol=1e-6, rtol=0)
+
+
+def test_micro_batches_take_less_memory(run_forks: RunForks, workplace: Path) -> None:
+    """Where the whole batch does not fit, the run fails with an advice that works."""
+    save_llama(make_llama(causal=True, n_layers=4), Path("stories42M.pt"))
+    lines = [f"{i % 2} ||| {'a long and dull film ' * 8}" for i in range(160)]
+    Path("data/cfimdb-train.txt").write_text("\n".join(lines) + "\n")
+    argv = [
+        "--option",
+        "finetune",
+        "--epochs",
+        "1",
+        "--batch_size",
+        "160",
+        "--filepath",
+        "out/a.pt",
+    ]
+    memory = 180 << 20  # the whole batch takes more than 300 MiB, the micro-batches about 100
+    ((status, _, err),) = run_forks([Job(argv, workplace, memory=memory)])
+    assert status == 2
+    assert error_lines(err) == [
+        "run_llama.py: error: out of memory; compute fewer rows at a time with --micro_batch_size"
+    ]
+    argv += ["--micro_batch_size", "8"]
+    ((status, _, err),) = run_forks([Job(argv, workplace, memory=memory)])
+    assert status == 0, err
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), MemoryError()])
+def test_out_of_memory_is_one_line(
+    workplace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+) -> None:
+    """CUDA's error is raised by hand, since there may be no such device here."""
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(run_llama, "classification_loss", fail)
+    status, _, err = run(FINETUNE, capsys)
+    assert status == 2
+    assert err == (
+        "run_llama.py: error: out of memory; compute fewer rows at a time with --micro_batch_size\n"
+    )
+
+
+# -------------------------------------------------------------------------------------- full disk
+
+
+@pytest.mark.parametrize("option", ["finetune", "pretrain", "prompt", "generate"])
+def test_a_full_disk_leaves_the_old_files(
+    run_forks: RunForks, workplace: Path, option: str
+) -> None:
+    """Writes fail in their middle, by a limit on a file's size; old results stay as they were."""
+    argv = {
+        "finetune": FINETUNE,
+        "pretrain": PRETRAIN,
+        "prompt": ["--option", "prompt"],
+        "generate": ["--max_new_tokens", "60"],
+    }[option]
+    assert main(argv) == 0
+    results = [
+        path
+        for path in Path().rglob("out*/**/*")
+        if path.is_file() and "events" not in path.name and path.suffix in (".pt", ".txt")
+    ]
+    assert results
+    before = {path: path.read_bytes() for path in results}
+    limit = min(len(content) for content in before.values()) // 2
+    job = Job([*argv, "--seed", "7"], workplace, file_size=limit, keep=False)
+    ((status, _, err),) = run_forks([job])
+    assert status == 2, err
+    (error,) = error_lines(err)
+    assert re.fullmatch("run_llama.py: error: .*File too large", error)
+    assert {path: path.read_bytes() for path in results} == before
+    assert not list(Path().rglob(".*.tmp"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+def test_a_full_file_system(run_forks: RunForks, workplace: Path) -> None:
+    """The same on a real one, of 200 KB, smaller than the checkpoint."""
+    disk = workplace / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "none", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        (disk / "a.pt").write_bytes(b"old")
+        ((status, _, err),) = run_forks([Job([*FINETUNE, "--filepath", "disk/a.pt"], workplace)])
+        assert status == 2
+        assert error_lines(err) == ["run_llama.py: error: disk/a.pt: No space left on device"]
+        assert [path.name for path in disk.iterdir()] == ["a.pt"]
+        assert (disk / "a.pt").read_bytes() == b"old"
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_an_unwritable_folder_is_found_before_any_work(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("taken").write_text("a file")
+    status, out, err = run([*FINETUNE, "--filepath", "taken/a.pt"], capsys)
+    assert (status, out) == (2, "") and err.count("\n") == 1 and "taken" in err

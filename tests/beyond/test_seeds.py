@@ -1,0 +1,65 @@
+"""Fine-tuning with several seeds: their summary, resuming, and refusals."""
+
+import json
+import shutil
+import statistics
+from pathlib import Path
+
+import pytest
+
+from base_llama import read_checkpoint
+from run_llama import main
+from tests.beyond.runs import FINETUNE, assert_equal, interrupt, run
+
+
+def test_seeds_are_summed_up_and_resumed(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [*FINETUNE, "--seeds", "1,2,3", "--epochs", "2"]
+    status, out, err = run(argv, capsys)
+    assert (status, err) == (0, "")
+    written = json.loads(Path("out/a.seeds.json").read_text())
+    assert [*written["accuracy"]] == ["1", "2", "3"]
+    for i, split in enumerate(("dev", "test")):
+        values = [accuracies[i] for accuracies in written["accuracy"].values()]
+        mean, deviation = statistics.mean(values), statistics.stdev(values)
+        assert written[split]["mean"] == pytest.approx(mean)
+        assert written[split]["standard deviation"] == pytest.approx(deviation)
+        assert f"{split} acc over 3 seeds :: {mean:.3f} +- {deviation:.3f}\n" in out
+    # Each is the run of its seed alone.
+    predictions = {
+        number: Path(f"out/seed-{number}-dev-finetuning-output.txt").read_bytes()
+        for number in "123"
+    }
+    for number in "123":
+        alone = [*FINETUNE, "--epochs", "2", "--seed", number, "--filepath", "out/alone.pt"]
+        assert main(alone) == 0
+        assert Path("out/dev-finetuning-output.txt").read_bytes() == predictions[number]
+        models = [read_checkpoint(f"out/{n}.pt")["model"] for n in ("alone", f"a-seed-{number}")]
+        assert_equal(models[0], models[1])
+
+    shutil.rmtree("out")
+    steps_of_a_run = 6
+    assert interrupt(argv, steps_of_a_run + 4) == 130
+    status, out, _ = run([*argv, "--resume"], capsys)
+    assert status == 0 and "seed 1\n" not in out and "seed 2\n" in out and "epoch 0" in out
+    again = json.loads(Path("out/a.seeds.json").read_text())
+    assert again == written
+
+
+def test_seeds_of_another_run_are_not_taken(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [*FINETUNE, "--seeds", "1,2", "--epochs", "1"]
+    assert main(argv) == 0
+    status, _, err = run([*argv, "--resume", "--lr", "1e-4"], capsys)
+    assert status == 2 and "with other settings: lr=0.001, now 0.0001" in err
+    Path("out/a.seeds.json").write_text("[]")
+    status, _, err = run([*argv, "--resume"], capsys)
+    assert status == 2 and "does not hold the accuracies of several seeds" in err
+
+
+@pytest.mark.parametrize("text", ["1", "1,1", "1,x", "", "-1,2", "1,,2"])
+def test_bad_seeds(workplace: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
+    status, _, err = run([*FINETUNE, f"--seeds={text}"], capsys)
+    assert status == 2 and "--seeds" in err and err.count("\n") == 1
