@@ -6,6 +6,7 @@ token, at position `lengths - 1`.
 """
 
 import reprlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from base_llama import load_strictly, parse_config, parse_weights, read_checkpoint
+from base_llama import is_dense, load_strictly, parse_config, parse_weights, read_checkpoint
 from config import MAX_SIZE
 from llama import Llama, load_pretrained
 from tokenizer import Tokenizer
+from utils import LARGEST_INT, is_text
 
 
 @dataclass
@@ -102,10 +104,19 @@ class LlamaEmbeddingClassifier(nn.Module):
     Args:
         config: all four attributes of `ClassifierConfig` are used.
         llama: the model; None: loaded from `config.pretrained_model_path`.
+        label_names, tokenizer: the label words and the tokenizer that belong to the classifier, to
+            be stored with it; None: not known.
     """
 
-    def __init__(self, config: ClassifierConfig, llama: Llama | None = None) -> None:
+    def __init__(
+        self,
+        config: ClassifierConfig,
+        llama: Llama | None = None,
+        label_names: Sequence[str] | None = None,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
         super().__init__()
+        self.label_names, self.tokenizer = label_names, tokenizer
         self.llama = load_pretrained(config.pretrained_model_path) if llama is None else llama
         self.llama.requires_grad_(config.option == "finetune")
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -126,34 +137,59 @@ class LlamaEmbeddingClassifier(nn.Module):
 
     def to_checkpoint(self) -> dict[str, Any]:
         """Return tensors and plain values from which `load_classifier` rebuilds this classifier."""
+        classifier: dict[str, Any] = {
+            "num_labels": self.classifier_head.out_features,
+            "hidden_dropout_prob": self.dropout.p,
+        }
+        if self.label_names is not None:
+            classifier["label_names"] = list(self.label_names)
+        if self.tokenizer is not None:
+            model_proto = bytearray(self.tokenizer.model_proto)
+            classifier["tokenizer"] = torch.frombuffer(model_proto, dtype=torch.uint8)
+            classifier["max_sentence_len"] = self.tokenizer.max_len
         return {
             "model": self.state_dict(),
             "model_args": self.llama.config.to_model_args(),
-            "classifier": {
-                "num_labels": self.classifier_head.out_features,
-                "hidden_dropout_prob": self.dropout.p,
-            },
+            "classifier": classifier,
         }
 
 
 def load_classifier(path: str | Path) -> LlamaEmbeddingClassifier:
     """Load the fine-tuned classifier of a checkpoint, on the CPU, in eval mode.
 
-    The pretrained checkpoint that it was made from is not needed.
+    The pretrained checkpoint that it was made from is not needed. A checkpoint of the first version
+    holds neither label words nor tokenizer, so these are None.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not a classifier's checkpoint, or its weights do not fit.
+        ValueError: the file is not a classifier's checkpoint, or a part of it does not fit.
     """
     checkpoint = read_checkpoint(path)
-    try:
-        # The pretrained path is not used, since the model is passed below.
-        config = ClassifierConfig(
-            pretrained_model_path=str(path), option="finetune", **checkpoint["classifier"]
-        )
-    except (KeyError, TypeError):
-        raise ValueError(f"{path}: does not hold a fine-tuned classifier") from None
-    num_labels, dropout = config.num_labels, config.hidden_dropout_prob
+    values = checkpoint.get("classifier")
+    required = {"num_labels", "hidden_dropout_prob"}
+    optional = {"label_names", "tokenizer", "max_sentence_len"}
+    if not isinstance(values, dict) or not required <= values.keys() <= required | optional:
+        raise ValueError(f"{path}: does not hold a fine-tuned classifier")
+    num_labels, dropout = parse_head(values, path)
+    label_names = parse_label_names(values, num_labels, path)
+    llama_config = parse_config(checkpoint, path)
+    tokenizer = parse_tokenizer(values, llama_config.vocab_size, path)
+    # The pretrained path is not used, since the model is passed.
+    config = ClassifierConfig(num_labels, str(path), dropout, option="finetune")
+    with torch.device("meta"):  # no memory and no random numbers for weights that are replaced
+        model = LlamaEmbeddingClassifier(config, Llama(llama_config), label_names, tokenizer)
+    load_strictly(model, parse_weights(checkpoint, path), path)
+    model.llama.tie_weights()  # loading gave each of the two names its own parameter
+    return model.eval()
+
+
+def parse_head(values: Mapping[str, Any], path: str | Path) -> tuple[int, float]:
+    """Return the number of labels and the dropout probability of a checkpoint's classifier.
+
+    Raises:
+        ValueError: one of them is not valid.
+    """
+    num_labels, dropout = values["num_labels"], values["hidden_dropout_prob"]
     if type(num_labels) is not int or not 1 <= num_labels <= MAX_SIZE:
         raise ValueError(
             f"{path}: num_labels={reprlib.repr(num_labels)} is not a whole number from 1 to "
@@ -163,8 +199,61 @@ def load_classifier(path: str | Path) -> LlamaEmbeddingClassifier:
         raise ValueError(
             f"{path}: hidden_dropout_prob={reprlib.repr(dropout)} is not a number in [0, 1)"
         )
-    with torch.device("meta"):  # no memory and no random numbers for weights that are replaced
-        model = LlamaEmbeddingClassifier(config, Llama(parse_config(checkpoint, path)))
-    load_strictly(model, parse_weights(checkpoint, path), path)
-    model.llama.tie_weights()  # loading gave each of the two names its own parameter
-    return model.eval()
+    return num_labels, dropout
+
+
+def parse_label_names(
+    values: Mapping[str, Any], num_labels: int, path: str | Path
+) -> list[str] | None:
+    """Return the label words of a checkpoint's classifier; None if it has none.
+
+    Raises:
+        ValueError: they are not `num_labels` different words.
+    """
+    names = values.get("label_names")
+    if names is None:
+        return None
+    if not isinstance(names, list) or not all(is_text(name) and name.strip() for name in names):
+        raise ValueError(f"{path}: label_names={reprlib.repr(names)} is not a list of words")
+    if len(names) != num_labels or len(set(names)) < num_labels:
+        raise ValueError(
+            f"{path}: label_names={reprlib.repr(names)}: expected num_labels={num_labels} "
+            "different words"
+        )
+    return names
+
+
+def parse_tokenizer(
+    values: Mapping[str, Any], vocab_size: int, path: str | Path
+) -> Tokenizer | None:
+    """Return the tokenizer of a checkpoint's classifier; None if it has none.
+
+    Args:
+        values: of the classifier.
+        vocab_size: the model's.
+        path: of the checkpoint; a tensor that claims more bytes than this file has is refused.
+
+    Raises:
+        ValueError: it is not a tokenizer of the model's vocabulary.
+    """
+    content, max_len = values.get("tokenizer"), values.get("max_sentence_len")
+    if max_len is not None and (type(max_len) is not int or not 1 <= max_len <= LARGEST_INT):
+        raise ValueError(
+            f"{path}: max_sentence_len={reprlib.repr(max_len)} is not a whole number from 1 to "
+            f"{LARGEST_INT}"
+        )
+    if content is None:
+        return None
+    file_size = Path(path).stat().st_size
+    if not is_dense(content, (torch.uint8,)) or content.dim() != 1 or len(content) > file_size:
+        raise ValueError(f"{path}: tokenizer is not a tensor of bytes")
+    try:
+        tokenizer = Tokenizer(max_len, content.numpy().tobytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if tokenizer.n_words != vocab_size:
+        raise ValueError(
+            f"{path}: the tokenizer has a vocabulary of {tokenizer.n_words}, but the model's is "
+            f"{vocab_size}"
+        )
+    return tokenizer

@@ -17,6 +17,7 @@ from utils import (
     OneLineParser,
     at_least_one,
     describe_error,
+    lock_results,
     open_atomically,
     prepare_output,
     read_documents,
@@ -31,10 +32,11 @@ class Tokenizer:
 
     Args:
         max_len: the number of pieces that `encode` keeps, BOS and EOS not counted; None: all.
-        tokenizer_model: path of the SentencePiece model; None: `tokenizer.model` in the current
-            folder.
+        tokenizer_model: path of the SentencePiece model, or its content as bytes; None:
+            `tokenizer.model` in the current folder.
 
     Attributes:
+        model_proto: the content of the SentencePiece model, from which it can be made again.
         bos_id, eos_id, pad_id: ids of the special pieces.
         n_words: size of the vocabulary.
 
@@ -45,20 +47,24 @@ class Tokenizer:
     """
 
     def __init__(
-        self, max_len: int | None = None, tokenizer_model: str | Path | None = None
+        self, max_len: int | None = None, tokenizer_model: str | Path | bytes | None = None
     ) -> None:
         if max_len is not None and max_len < 1:
             raise ValueError(f"max_len={max_len} is below 1")
-        path = Path(DEFAULT_MODEL if tokenizer_model is None else tokenizer_model)
-        if path.is_dir():
-            raise ValueError(f"{path}: is a folder, expected a SentencePiece model")
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: no such tokenizer")
-        model_proto = path.read_bytes()
-        if not model_proto:  # SentencePiece would accept an empty file
+        path: str | Path = "the tokenizer"
+        if isinstance(tokenizer_model, bytes):
+            self.model_proto = tokenizer_model
+        else:
+            path = Path(DEFAULT_MODEL if tokenizer_model is None else tokenizer_model)
+            if path.is_dir():
+                raise ValueError(f"{path}: is a folder, expected a SentencePiece model")
+            if not path.exists():
+                raise FileNotFoundError(f"{path}: no such tokenizer")
+            self.model_proto = path.read_bytes()
+        if not self.model_proto:  # SentencePiece would accept an empty file
             raise ValueError(f"{path}: not a SentencePiece model")
         try:
-            self.sp_model = SentencePieceProcessor(model_proto=model_proto)
+            self.sp_model = SentencePieceProcessor(model_proto=self.model_proto)
         # UnicodeDecodeError: the error message quotes bytes of the file that are not UTF-8.
         except (RuntimeError, UnicodeDecodeError):
             raise ValueError(f"{path}: not a SentencePiece model") from None
@@ -152,12 +158,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parser.parse_args(argv)
         prepare_output(args.output)
-        train_tokenizer(args.input, args.vocab_size, args.output)
+        with lock_results([args.output], note):
+            train_tokenizer(args.input, args.vocab_size, args.output)
     except (ValueError, OSError) as error:
         print(f"tokenizer.py: error: {describe_error(error)}", file=sys.stderr)
         return 2
     print(f"Wrote a tokenizer with {args.vocab_size} pieces to {args.output}.")
     return 0
+
+
+def note(text: str) -> None:
+    """Print a note on standard error."""
+    print(f"tokenizer.py: note: {text}", file=sys.stderr)
 
 
 if __name__ == "__main__":

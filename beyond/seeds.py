@@ -19,9 +19,12 @@ def run_seeds(options: FinetuneOptions, finetune: Finetune) -> None:
     """Fine-tune with each seed; print and write the accuracies, their mean and deviation.
 
     Args:
-        options: of all runs.
+        options: of all runs; without several seeds, of the only run, which reports by itself.
         finetune: runs one seed; handed over by `run_llama.run_task`.
     """
+    if not options.seeds:
+        finetune(options)
+        return
     settings = {k: v for k, v in options.hyperparameters().items() if k != "seed"}
     settings |= {f"SHA-256 of {path}": fingerprint(path) for path in options.input_files}
     path = options.seeds_file

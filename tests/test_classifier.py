@@ -18,9 +18,10 @@ from classifier import (
     pool_last,
 )
 from llama import Llama
-from tests.conftest import make_llama, pad_rows, save_llama
+from tests.conftest import ROOT, make_llama, pad_rows, save_llama
 from tokenizer import Tokenizer
 
+BYTES = torch.arange(256, dtype=torch.uint8)
 SEQUENCES = [[1, 20, 33], [1, 7, 300, 41, 5, 6, 9], [1, 99], [1, 12, 13, 14, 15]]
 
 
@@ -187,6 +188,31 @@ def test_label_names_must_fit(tokenizer_path: Path, llama: Llama) -> None:
         LlamaZeroShotClassifier(config_of(), tokenizer, ["a", ""], llama)
 
 
+def test_a_checkpoint_holds_words_and_tokenizer(tmp_path: Path, tokenizer_path: Path) -> None:
+    """A checkpoint of the first version holds neither."""
+    for max_len in (None, 7):
+        tokenizer = Tokenizer(max_len, tokenizer_path)
+        model = LlamaEmbeddingClassifier(config_of(), make_llama(True), ["no", "はい"], tokenizer)
+        write_checkpoint(tmp_path / "best.pt", model.to_checkpoint())
+        loaded = load_classifier(tmp_path / "best.pt")
+        assert loaded.label_names == ["no", "はい"] and loaded.tokenizer is not None
+        assert loaded.tokenizer.model_proto == tokenizer_path.read_bytes()
+        assert loaded.tokenizer.max_len == max_len
+    model = LlamaEmbeddingClassifier(config_of(), make_llama(True))
+    assert model.to_checkpoint()["classifier"] == {"num_labels": 2, "hidden_dropout_prob": 0.3}
+    write_checkpoint(tmp_path / "best.pt", model.to_checkpoint())
+    loaded = load_classifier(tmp_path / "best.pt")
+    assert loaded.label_names is None and loaded.tokenizer is None
+
+
+def test_a_checkpoint_with_another_models_tokenizer_is_refused(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(None, ROOT / "data" / "demo" / "tokenizer.model")
+    model = LlamaEmbeddingClassifier(config_of(), make_llama(True), ["a", "b"], tokenizer)
+    write_checkpoint(tmp_path / "best.pt", model.to_checkpoint())
+    with pytest.raises(ValueError, match="the tokenizer has a vocabulary of .* model's is 320"):
+        load_classifier(tmp_path / "best.pt")
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_saved_classifier_is_whole_without_the_pretrained_file(
     tmp_path: Path, causal: bool
@@ -214,6 +240,25 @@ def test_pretrained_checkpoint_is_no_classifier(llama: Llama, tmp_path: Path) ->
         ("classifier", "num_labels", 10**30, "num_labels=10.* is not a whole number from 1 to"),
         ("classifier", "hidden_dropout_prob", "x", "hidden_dropout_prob='x' is not a number in"),
         ("classifier", "more", 1, "does not hold a fine-tuned classifier"),
+        ("classifier", "label_names", "ab", "label_names='ab' is not a list of words"),
+        ("classifier", "label_names", ["a", 1], r"label_names=\['a', 1\] is not a list of words"),
+        ("classifier", "label_names", ["a", " "], "is not a list of words"),
+        ("classifier", "label_names", ["a", "\udcff"], "is not a list of words"),
+        ("classifier", "label_names", ["a"], "expected num_labels=2 different words"),
+        ("classifier", "label_names", ["a"] * 2, "expected num_labels=2 different words"),
+        ("classifier", "label_names", ["a"] * 10**5, "expected num_labels=2 different words"),
+        ("classifier", "max_sentence_len", 0, "max_sentence_len=0 is not a whole number from 1"),
+        ("classifier", "max_sentence_len", True, "max_sentence_len=True is not a whole number"),
+        ("classifier", "max_sentence_len", 2**31, "max_sentence_len=2147483648 is not a whole"),
+        ("classifier", "tokenizer", "x", "tokenizer is not a tensor of bytes"),
+        ("classifier", "tokenizer", b"x", "tokenizer is not a tensor of bytes"),
+        ("classifier", "tokenizer", torch.zeros(9), "tokenizer is not a tensor of bytes"),
+        ("classifier", "tokenizer", BYTES[None], "tokenizer is not a tensor of bytes"),
+        ("classifier", "tokenizer", BYTES[:1].expand(10**12), "tokenizer is not a tensor of bytes"),
+        ("classifier", "tokenizer", BYTES.to("meta"), "tokenizer is not a tensor of bytes"),
+        ("classifier", "tokenizer", BYTES.to_sparse(), "tokenizer is not a tensor of bytes"),
+        ("classifier", "tokenizer", BYTES, "the tokenizer: not a SentencePiece model"),
+        ("classifier", "tokenizer", BYTES[:0], "the tokenizer: not a SentencePiece model"),
         ("model", "classifier_head.bias", 1.5, "classifier_head.bias is not a tensor"),
         ("model", "classifier_head.bias", torch.tensor([0.0, math.nan]), "is NaN or infinite"),
     ],

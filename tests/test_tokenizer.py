@@ -52,6 +52,16 @@ def test_llama_tokenizer_facts() -> None:
         assert len(ids) == 1 and tokenizer.sp_model.id_to_piece(ids[0]) == f"▁{word}"
 
 
+def test_a_model_can_be_given_as_bytes(tokenizer_path: Path) -> None:
+    content = tokenizer_path.read_bytes()
+    given, read = Tokenizer(3, content), Tokenizer(3, tokenizer_path)
+    assert given.model_proto == read.model_proto == content
+    assert given.encode("A dull story", True, True) == read.encode("A dull story", True, True)
+    for broken in (b"", b"<html></html>"):
+        with pytest.raises(ValueError, match="the tokenizer: not a SentencePiece model"):
+            Tokenizer(tokenizer_model=broken)
+
+
 def test_other_files_are_errors(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="none.model: no such tokenizer"):
         Tokenizer(tokenizer_model=tmp_path / "none.model")
