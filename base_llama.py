@@ -12,7 +12,7 @@ import re
 import reprlib
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,9 +95,10 @@ def load_safely(path: str | Path) -> Any:
     except PermissionError:
         raise  # its message is clear; the errors below need the path and a reason
     except pickle.UnpicklingError:
+        found = _other_objects(path)
+        reason = f"found {_join_first(found)}" if found else _describe(path)
         raise ValueError(
-            f"{path}: not a checkpoint of tensors and plain values ({_describe(path)}); "
-            "nothing in it was run"
+            f"{path}: expected tensors and plain values only ({reason}); nothing in it was run"
         ) from None
     except Exception as error:  # torch.load raises many kinds of error for a damaged file
         reason = str(error).strip().split("\n")[0] or type(error).__name__
@@ -216,9 +217,14 @@ def parse_weights(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, 
 
 def is_dense_float(tensor: object) -> bool:
     """Return whether a value is a dense floating-point tensor that holds data."""
+    return is_dense(tensor, STORED_DTYPES)
+
+
+def is_dense(tensor: object, dtypes: Sequence[torch.dtype]) -> bool:
+    """Return whether a value is a dense tensor of one of these dtypes that holds data."""
     return (
         isinstance(tensor, Tensor)
-        and tensor.dtype in STORED_DTYPES
+        and tensor.dtype in dtypes
         and tensor.layout == torch.strided
         and tensor.device.type == "cpu"  # a meta tensor has a shape but no data
         and not tensor.is_nested
@@ -278,6 +284,14 @@ def _join_first(names: list[str], limit: int = 4) -> str:
     return ", ".join(names[:limit]) + more
 
 
+def _other_objects(path: Path) -> list[str]:
+    """Return the names of the classes and functions in a file that PyTorch refuses to load."""
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # of many kinds, for a file that is also damaged or of the old format
+        return []
+
+
 def _describe(path: Path) -> str:
     """Return the size of a file that is not a checkpoint, and its kind if that is recognized."""
     with path.open("rb") as file:
@@ -285,6 +299,6 @@ def _describe(path: Path) -> str:
     size = f"{path.stat().st_size:,} bytes"
     if head.startswith((b"<!doctype html", b"<html")):
         return f"{size}, an HTML page; perhaps an error page was saved instead of the file"
-    if head.startswith(b"pk\x03\x04"):
-        return f"{size}; a broken or truncated download?"
+    if head.startswith(b"pk\x03\x04") and not zipfile.is_zipfile(path):
+        return f"{size}, the end of the archive is missing; a truncated download?"
     return size

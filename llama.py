@@ -164,11 +164,7 @@ class Llama(LlamaPreTrainedModel):
         self.tok_embeddings.weight = self.output.weight
 
     def compute_hidden(self, tokens: Tensor) -> Tensor:
-        """Compute hidden states (batch, seq, dim), after the final norm, of tokens (batch, seq).
-
-        Raises:
-            ValueError: seq > max_seq_len.
-        """
+        """Compute hidden states (batch, seq, dim), after the final norm, of tokens (batch, seq)."""
         h = self.dropout(self.tok_embeddings(tokens))
         for layer in self.layers:
             h = layer(h)
@@ -185,8 +181,7 @@ class Llama(LlamaPreTrainedModel):
             logits: (batch, seq, vocab) with targets, else (batch, 1, vocab): the last column's.
             hidden: (batch, seq, dim), after the final norm.
 
-        Raises:
-            ValueError: seq > max_seq_len.
+        Raises ValueError if seq > max_seq_len.
         """
         hidden = self.compute_hidden(tokens)
         # The projection to the vocabulary is the largest matrix product, so it is computed only
@@ -250,30 +245,34 @@ def sample_next_token(
         generator: source of randomness, on the logits' device; None: PyTorch's global one.
 
     Raises:
-        ValueError: temperature is out of bounds; or, unless it is 0, a logit is inf or NaN.
+        ValueError: temperature is out of bounds, or a logit is inf or NaN.
     """
     if temperature == 0:
-        return logits.max(dim=-1, keepdim=True).indices
+        return max_logits(logits)[1]
     return torch.multinomial(token_probabilities(logits, temperature), 1, generator=generator)
 
 
 def token_probabilities(logits: Tensor, temperature: float) -> Tensor:
-    """Compute softmax(logits / temperature) in float64.
+    """Compute softmax(logits / temperature) of logits (batch, vocab) in float64; temperature > 0.
 
-    Args:
-        logits: (batch, vocab).
-        temperature: > 0 and finite.
-
-    Raises:
-        ValueError: temperature is out of bounds, or a logit is inf or NaN.
+    Raises ValueError if temperature is out of bounds, or a logit is inf or NaN.
     """
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature={temperature} must be finite and >= 0")
     # Subtract the maximum and use float64, so that dividing by a tiny temperature cannot overflow.
-    logits = logits.double() - logits.max(dim=-1, keepdim=True).values
-    if logits.isnan().any():  # an infinite maximum gives inf - inf, which is NaN
-        raise ValueError("the logits are infinite or NaN: the model's weights are too large")
+    logits = logits.double() - max_logits(logits)[0]
     return F.softmax(logits / temperature, dim=-1)
+
+
+def max_logits(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the highest logit and its token in each row of (batch, vocab), (batch, 1) each.
+
+    Raises ValueError if a logit is inf or NaN.
+    """
+    values, tokens = logits.max(dim=-1, keepdim=True)  # NaN if a logit of the row is NaN
+    if not values.isfinite().all():
+        raise ValueError("the logits are infinite or NaN: the model's weights are too large")
+    return values, tokens
 
 
 def load_pretrained(

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from optimizer import AdamW
+from utils import refuse_arguments
 
 
 def test_course_values() -> None:
@@ -85,4 +86,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    refuse_arguments(__doc__)
     main()

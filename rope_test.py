@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rope import apply_rotary_emb
+from utils import refuse_arguments
 
 BATCH, SEQ, N_HEADS, N_KV_HEADS, HEAD_DIM, MAX_SEQ_LEN = 5, 7, 6, 3, 8, 19
 
@@ -97,4 +98,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    refuse_arguments(__doc__)
     main()

@@ -5,8 +5,8 @@
     uv run python run_llama.py --option finetune   train a classifier on reviews
 
 Results go to files, scores to standard output, progress and errors to standard error. Bad input
-ends the program with one line and exit status 2. What the assignment does not have (flags and
-checks, interrupted runs, several processes, TensorBoard, pretraining) is in the package `beyond`.
+ends the program with one line and exit status 2. What the assignment does not have (two more
+tasks, flags and checks, interrupted runs, several processes, curves) is in the package `beyond`.
 """
 
 if __name__ == "__main__":
@@ -17,10 +17,10 @@ if __name__ == "__main__":
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,20 +31,16 @@ from torch.utils.data import DataLoader, Dataset
 
 from base_llama import write_checkpoint
 from beyond.batches import Batch, LengthBatchSampler, shard_batches
+from beyond.classify import classify
 from beyond.command_line import get_args
 from beyond.decoding import prepare_for_decoding
 from beyond.generation import DIVIDER, generate_texts, prepare_to_generate, read_prompt
 from beyond.logs import log_confusion, log_evaluation
-from beyond.options import (
-    FinetuneOptions,
-    GenerateOptions,
-    Options,
-    PretrainOptions,
-    PromptOptions,
-)
+from beyond.options import FinetuneOptions, GenerateOptions, Options, PromptOptions
 from beyond.pretraining import pretrain
 from beyond.processes import broadcast_object, exit_program, gather, is_main_process
 from beyond.program import run_program
+from beyond.records import record_classifier, record_finetuning, record_predictions, write_record
 from beyond.run import remove_training_checkpoint, start_run
 from beyond.runtime import Runtime, load_model, prepare_model, to_device
 from beyond.seeds import run_seeds
@@ -59,6 +55,7 @@ from optimizer import AdamW
 from tokenizer import Tokenizer
 from utils import (
     SEPARATOR,
+    Evaluation,
     accuracy,
     confusion_matrix,
     macro_f1,
@@ -195,17 +192,6 @@ def load_data(
 # ---------------------------------------------------------------------------------- evaluation
 
 
-class Evaluation(NamedTuple):
-    """What a classifier predicts for a data set; lists are in the order of the file."""
-
-    accuracy: float  # in [0, 1], over the examples with a gold label; NaN if none has one
-    macro_f1: float  # likewise
-    predictions: list[int]
-    labels: list[int]
-    sentences: list[str]
-    confusion: list[list[int]]  # row: gold label, column: predicted label
-
-
 @torch.inference_mode()
 def model_eval(
     dataloader: "DataLoader[Example]", model: nn.Module, device: torch.device
@@ -219,13 +205,16 @@ def model_eval(
     """
     was_training = model.training
     model.eval()
-    predicted: dict[int, int] = {}  # by line, since batches need not have the file's order
+    # Label and confidence by line, since batches need not have the file's order.
+    predicted: dict[int, tuple[int, float]] = {}
     finite, num_labels = True, 0
     try:
         for batch in shard_batches(dataloader):
             scores = model(to_device(batch.tokens, device), to_device(batch.lengths, device))
             finite, num_labels = finite and bool(scores.isfinite().all()), scores.shape[1]
-            predicted.update(zip(batch.lines, scores.argmax(dim=-1).tolist(), strict=True))
+            confidences = scores.softmax(dim=-1).amax(dim=-1)
+            pairs = zip(scores.argmax(dim=-1).tolist(), confidences.tolist(), strict=True)
+            predicted.update(zip(batch.lines, pairs, strict=True))
     finally:
         model.train(was_training)
     for others, others_finite, others_num_labels in gather((predicted, finite, num_labels)):
@@ -236,12 +225,13 @@ def model_eval(
             "the model's scores are infinite or NaN; if it was trained, try a lower --lr"
         )
     examples = dataloader.dataset.examples  # type: ignore[attr-defined]
-    predictions = [predicted[example.line] for example in examples]
+    predictions = [predicted[example.line][0] for example in examples]
+    confidences = [predicted[example.line][1] for example in examples]
     labels = [example.label for example in examples]
     sentences = [example.sentence for example in examples]
     confusion = confusion_matrix(predictions, labels, num_labels)
     acc, f1 = accuracy(confusion), macro_f1(confusion)
-    return Evaluation(acc, f1, predictions, labels, sentences, confusion)
+    return Evaluation(acc, f1, predictions, confidences, labels, sentences, confusion)
 
 
 def save_model(model: LlamaEmbeddingClassifier, filepath: str | Path) -> None:
@@ -272,6 +262,7 @@ def generate(options: GenerateOptions) -> None:
             ]
         with open_atomically(outfile) as file:
             file.write(f"\n{DIVIDER}\n".join(texts))
+        write_record(outfile, runtime.record, temperature=temperature)
         print(f"Wrote generated sentence to {outfile}.")
 
 
@@ -316,7 +307,9 @@ def test_with_prompting(options: PromptOptions) -> None:
         llama = prepare_for_decoding(llama.to(runtime.device), runtime.dtype, exact_head=True)
     model = LlamaZeroShotClassifier(config, tokenizer, label_names, llama)
     model = prepare_model(model, runtime, options.compile)
-    predict(model, data, options.batch_size, options.prediction_files, runtime.device)
+    files = options.prediction_files
+    results = predict(model, data, options.batch_size, files, runtime.device)
+    record_predictions(files, results, runtime.record)
 
 
 def finetune(options: FinetuneOptions) -> tuple[float, float]:
@@ -331,7 +324,7 @@ def finetune(options: FinetuneOptions) -> tuple[float, float]:
     data = load_data(options.data_files, len(label_names), llama, tokenizer)
     path, dropout = str(options.pretrained_model_path), options.hidden_dropout_prob
     config = ClassifierConfig(len(label_names), path, dropout, option="finetune")
-    model = LlamaEmbeddingClassifier(config, llama)
+    model = LlamaEmbeddingClassifier(config, llama, label_names, tokenizer)
     train(options, prepare_model(model, runtime, options.compile), data, label_names, runtime)
     accuracies = test(options, data, runtime)
     remove_training_checkpoint(options.run.training_checkpoint)
@@ -365,6 +358,7 @@ def train(
             )
             if run.is_best(dev_result.accuracy):
                 save_model(model, options.filepath)
+                record_classifier(options.filepath, epoch, dev_result, runtime.record)
                 log_confusion(run.writer, epoch, dev_result.confusion, label_names)
             print(
                 f"epoch {epoch}: train loss :: {totals.loss / len(train_data):.3f}, "
@@ -387,7 +381,10 @@ def test(
     model = broadcast_object(lambda: load_classifier(options.filepath))
     print(f"load model from {options.filepath}")
     model = prepare_model(model, runtime, options.compile)
-    return predict(model, data, options.batch_size, options.prediction_files, runtime.device)
+    files = options.prediction_files
+    results = predict(model, data, options.batch_size, files, runtime.device)
+    record_finetuning(options, results, model.label_names, runtime.record)
+    return results["dev"].accuracy, results["test"].accuracy
 
 
 def predict(
@@ -396,8 +393,8 @@ def predict(
     batch_size: int,
     outfiles: Mapping[str, str],
     device: torch.device,
-) -> tuple[float, float]:
-    """Predict dev and test, write the predictions, and return the two accuracies."""
+) -> dict[str, Evaluation]:
+    """Predict dev and test, write the predictions, and return what was found, by split."""
     results = {}
     for split in ("dev", "test"):
         results[split] = model_eval(data[split].loader(batch_size), model, device)
@@ -409,7 +406,7 @@ def predict(
     labels, path = results["test"].labels, data["test"].examples[0].path
     if len(labels) > 1 and set(labels) == {0}:
         print(f"note: every label in {path} is 0, a placeholder; its accuracy means nothing")
-    return results["dev"].accuracy, results["test"].accuracy
+    return results
 
 
 def write_predictions_to_file(
@@ -424,17 +421,14 @@ def write_predictions_to_file(
 def run_task(options: Options) -> None:
     """Run the task that the options are for."""
     seed_everything(options.seed)
-    match options:
-        case GenerateOptions():
-            generate(options)
-        case PromptOptions():
-            test_with_prompting(options)
-        case FinetuneOptions(seeds=()):
-            finetune(options)
-        case FinetuneOptions():
-            run_seeds(options, finetune)
-        case PretrainOptions():
-            pretrain(options)
+    tasks: dict[str, Callable[[Any], object]] = {
+        "generate": generate,
+        "prompt": test_with_prompting,
+        "finetune": partial(run_seeds, finetune=finetune),
+        "pretrain": pretrain,
+        "classify": classify,
+    }
+    tasks[options.option](options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

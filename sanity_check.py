@@ -19,6 +19,7 @@ from torch import Tensor
 from base_llama import TIED_NAMES, load_strictly
 from config import LlamaConfig
 from llama import Llama, load_pretrained
+from utils import refuse_arguments
 
 ROOT = Path(__file__).parent
 CHECKPOINT = ROOT / "stories42M.pt"
@@ -195,4 +196,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    refuse_arguments(__doc__)
     main()

@@ -2,20 +2,25 @@
 
 import argparse
 import codecs
+import errno
 import glob
 import hashlib
 import json
 import os
 import re
 import reprlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any, NamedTuple, NoReturn
 
 LARGEST_INT = 2**31 - 1  # largest integer on the command line, except for seeds (int32)
 SEPARATOR = " ||| "  # between label and sentence
-LABEL_PREFIX = re.compile(rf"^\s*[+-]?\d+{re.escape(SEPARATOR)}")
+# What `flock` answers on a file system without locks.
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
+LINE_END = re.compile(rb"\r\n|\r")  # besides "\n"
+LABEL_PREFIX = re.compile(rf"^\s*([+-]?\d+){re.escape(SEPARATOR)}")
 
 
 # ---------------------------------------------------------------------------------- command line
@@ -28,11 +33,21 @@ class OneLineParser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def at_least_one(text: str) -> int:
-    """Convert an argument to an integer from 1 to `LARGEST_INT`."""
+def refuse_arguments(description: str | None) -> None:
+    """Answer `--help`, and end a script that takes no arguments if it is given one."""
+    parser = OneLineParser(description=(description or "").split("\n")[0])
+    try:
+        parser.parse_args()
+    except ValueError as error:
+        print(f"{parser.prog}: error: {error}; this script takes no arguments", file=sys.stderr)
+        sys.exit(2)
+
+
+def at_least_one(text: str, lowest: int = 1) -> int:
+    """Convert an argument to an integer from `lowest` to `LARGEST_INT`."""
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is below 1")
+    if value < lowest:
+        raise argparse.ArgumentTypeError(f"{value} is below {lowest}")
     if value > LARGEST_INT:
         raise argparse.ArgumentTypeError(f"{value} is above {LARGEST_INT}")
     return value
@@ -64,6 +79,8 @@ def check_readable(path: str | Path) -> None:
         FileNotFoundError: there is no such file.
         OSError: it is a folder, or reading it is not permitted.
     """
+    if Path(path).is_fifo() and os.access(path, os.R_OK):
+        return  # opening and closing a named pipe would end the program that writes into it
     with open(path, "rb"):
         pass
 
@@ -118,6 +135,89 @@ def open_atomically(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
         raise
 
 
+@contextmanager
+def lock_results(paths: Iterable[str | Path], note: Callable[[str], None]) -> Iterator[None]:
+    """Hold a lock on each result in the block, so that no other process writes it.
+
+    Args:
+        paths: the results; their folders exist. They are locked in sorted order, so that two
+            programs cannot wait for each other.
+        note: called once with a message if the file system has no locks.
+
+    Raises:
+        OSError: another process holds one of the locks.
+    """
+    have_locks = True
+    with ExitStack() as stack:
+        for path in sorted({os.path.realpath(path) for path in paths}):
+            if not stack.enter_context(_lock(path)) and have_locks:
+                have_locks = False
+                note(
+                    f"{os.path.dirname(path)}: this file system has no locks, so do not start two "
+                    "programs with the same results"
+                )
+        yield
+
+
+@contextmanager
+def _lock(path: str) -> Iterator[bool]:
+    """Lock a result in the block; yields whether the file system has locks.
+
+    The lock is a `flock` on a hidden file in the same folder, `.<name>.lock`, which holds the
+    process's number. It is not on the result itself, since that is replaced by renaming. The system
+    releases it when the process ends, however it ends.
+    """
+    folder, name = os.path.split(path)
+    lock_path = os.path.join(folder, f".{name}.lock")
+    while True:
+        with open(lock_path, "a+") as file:
+            have_locks = _flock(file, path)
+            if have_locks and not _is_same_file(file, lock_path):
+                continue  # the last owner has deleted this file after it was opened here
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            try:
+                yield have_locks
+            finally:
+                with suppress(FileNotFoundError):
+                    os.unlink(lock_path)
+            return
+
+
+def _flock(file: IO[str], path: str) -> bool:
+    """Lock an open file; returns whether the file system has locks.
+
+    Raises:
+        OSError: another process holds the lock on the result `path`.
+    """
+    try:
+        import fcntl  # not on Windows
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        return False
+    except BlockingIOError:
+        file.seek(0)
+        raise OSError(
+            f"{path}: process {file.read() or '?'} is writing this file; wait until it ends, or "
+            "choose another name"
+        ) from None
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            return False
+        raise
+    return True
+
+
+def _is_same_file(file: IO[str], path: str) -> bool:
+    """Return whether `path` still names the open file."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
 def fingerprint(path: str | Path) -> str:
     """Compute the SHA-256 of a file, in hexadecimal digits."""
     with open(path, "rb") as file:
@@ -125,13 +225,22 @@ def fingerprint(path: str | Path) -> str:
 
 
 def read_lines(path: str | Path) -> list[str]:
-    """Read the lines of a UTF-8 text file, without their line ends.
+    r"""Read the lines of a UTF-8 text file, without their line ends.
+
+    A line ends with "\n", "\r\n" or "\r", as in `open(newline=None)`. Other separators, such as
+    U+2028, are part of the text.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is empty, or a line is not UTF-8.
     """
-    lines = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+    return decode_lines(Path(path).read_bytes(), path)
+
+
+def decode_lines(content: bytes, path: str | Path) -> list[str]:
+    """Split UTF-8 bytes into lines, as `read_lines` does; `path` names them in error messages."""
+    content = content.removeprefix(codecs.BOM_UTF8)
+    lines = LINE_END.sub(b"\n", content).split(b"\n")
     if not lines[-1]:
         lines.pop()  # the file ends with a line end
     if not lines:
@@ -139,7 +248,7 @@ def read_lines(path: str | Path) -> list[str]:
     texts = []
     for number, line in enumerate(lines, start=1):
         try:
-            texts.append(line.removesuffix(b"\r").decode("utf-8"))
+            texts.append(line.decode("utf-8"))
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}:{number}: not UTF-8 text: {error.reason}") from None
     return texts
@@ -200,6 +309,18 @@ def read_label_names(path: str | Path) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------- scores
+
+
+class Evaluation(NamedTuple):
+    """What a classifier predicts for a data set; lists are in the order of the file."""
+
+    accuracy: float  # in [0, 1], over the examples with a gold label; NaN if none has one
+    macro_f1: float  # likewise
+    predictions: list[int]
+    confidences: list[float]  # the probabilities of the predicted labels, in [0, 1]
+    labels: list[int]
+    sentences: list[str]
+    confusion: list[list[int]]  # row: gold label, column: predicted label
 
 
 def confusion_matrix(

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import transformers
 
+LONG = 0.005  # seconds; the next size takes up to 64 times as long, and ten times in all
 Work = Callable[[], object]
 MakeWork = Callable[..., Work]  # (*what, device)
 
@@ -67,9 +68,15 @@ def _peak_memory(make_work: MakeWork, what: Sequence[object], device: torch.devi
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Measure the FLOP/s of a product of two square matrices; returns the best of two sizes."""
-    best = 0.0
-    for size in (1024, 2048):
+    """Measure the FLOP/s of a product of two square matrices; returns the best of three sizes.
+
+    A size is left out if a single product of the size before took longer than `LONG`, as it does
+    for bfloat16 on a processor without units for it.
+    """
+    best = seconds = 0.0
+    for size in (256, 1024, 2048):
+        if seconds > LONG:
+            break
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
 
         def product(a: torch.Tensor = a, b: torch.Tensor = b) -> torch.Tensor:

@@ -15,7 +15,14 @@ from benchmarks.measure import (
     peak_memory,
     time_in_turn,
 )
-from benchmarks.works import DTYPES, NEW_TOKENS, make_llama, make_work, sample_batches
+from benchmarks.works import (
+    DTYPES,
+    NEW_TOKENS,
+    make_llama,
+    make_work,
+    missing_inputs,
+    sample_batches,
+)
 from beyond.runtime import resolve_device
 from utils import at_least_one
 
@@ -108,14 +115,17 @@ def lines(rows: Iterable[Row], rounds: int, device: torch.device) -> Iterator[st
 
 
 def parse_args(doc: str | None) -> argparse.Namespace:
-    """Parse the flags that all benchmarks share."""
+    """Parse the flags that all benchmarks share; end the program if an input is missing."""
     transformers.logging.set_verbosity_error()
     parser = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
     parser.add_argument("--use_gpu", action="store_true", help="run on CUDA")
     parser.add_argument(
         "--rounds", type=at_least_one, default=5, help="rounds per row (default: %(default)s)"
     )
-    return parser.parse_args()
+    args = parser.parse_args()
+    if missing := missing_inputs():
+        parser.error(f"{missing[0]}: no such file; get it with: uv run python data/download.py")
+    return args
 
 
 def main(rows: Sequence[Row], doc: str | None) -> int:

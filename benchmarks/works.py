@@ -38,6 +38,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.bf
 Batch = tuple[Tensor, Tensor, Tensor]  # tokens, lengths, labels
 
 
+def missing_inputs() -> list[str]:
+    """Return the course's files that the benchmarks need and that are missing."""
+    names = ["tokenizer.model"]
+    for data in ("sst", "cfimdb"):
+        names += [f"data/{data}-train.txt", f"data/{data}-dev.txt"]
+        names.append(f"data/{data}-label-mapping.json")
+    return [name for name in names if not (ROOT / name).exists()]
+
+
 @cache
 def read_tokenizer() -> Tokenizer:
     """Read Llama's tokenizer."""

@@ -7,7 +7,10 @@ answered at once.
 import argparse
 import contextlib
 import io
+import json
 import os
+import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
@@ -18,6 +21,7 @@ from beyond.demo import data_files, demo_folder, stand_in_note
 from beyond.options import (
     CHECKPOINT,
     TASKS,
+    ClassifyOptions,
     EvaluationOptions,
     FinetuneOptions,
     GenerateOptions,
@@ -33,9 +37,17 @@ from utils import (
     check_readable,
     describe_error,
     is_text,
+    lock_results,
     prepare_output,
 )
 
+TOKENIZER = "tokenizer.model"
+# Options that name a model, data or results.
+FILE_OPTIONS = (
+    *("dataset", "train", "dev", "test", "label_names", "dev_out", "test_out", "filepath"),
+    *("pretrained_model_path", "tokenizer_path", *PretrainOptions.shape_names),
+    *("generated_sentence_low_temp_out", "generated_sentence_high_temp_out"),
+)
 PROMPT = (
     "I have wanted to see this thriller for a while, and it didn't disappoint. "
     "Keanu Reeves, playing the hero John Wick, is"
@@ -45,9 +57,13 @@ PROMPT = (
 def answer_at_once() -> None:
     """End the program if its command line asks for help or has a mistake.
 
+    Also prepares what comes before the heavy imports: standard streams, and an answer to Ctrl-C.
+
     Under torchrun all processes end. Only rank 0 prints, except that the first process of each
     machine also reports a file error, since the file may be missing on that machine only.
     """
+    open_closed_streams()
+    answer_interrupts()
     is_main = environment("RANK") == 0
     quiet = contextlib.nullcontext() if is_main else contextlib.redirect_stdout(io.StringIO())
     try:
@@ -58,6 +74,34 @@ def answer_at_once() -> None:
         if is_main or (isinstance(error, OSError) and is_first_of_machine):
             say(f"error: {describe_error(error)}")
         sys.exit(2)
+
+
+def open_closed_streams() -> None:
+    """Connect each standard stream that is closed (as by `2>&-`) to the null device.
+
+    Otherwise the next file that is opened would get its number, and messages of C++ code would go
+    into that file.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            # The lowest free number is given to a new file: this one, since they come in order.
+            os.open(os.devnull, os.O_RDWR)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, closefd=False))
+
+
+def answer_interrupts() -> None:
+    """Let Ctrl-C end the program with one line and status 130, until the program's own handlers."""
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, _end_on_interrupt)
+
+
+def _end_on_interrupt(number: int, _: object) -> None:
+    if environment("RANK") == 0:
+        say("interrupted")
+    os._exit(128 + number)
 
 
 def environment(name: str) -> int:
@@ -79,7 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Make the parser of all flags; it stores only those that are given."""
     parser = OneLineParser(
         prog="run_llama.py",
-        description="Llama 2: generate text, classify it zero-shot, or fine-tune a classifier.",
+        description="Llama 2: generate text, classify it zero-shot, train a classifier and use it.",
         epilog="Flags may be written with - or _ inside.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -132,64 +176,85 @@ def get_args(argv: Sequence[str] | None = None) -> Options:
 
     Raises:
         ValueError: an argument is unknown, out of bounds, or not for this task, or two contradict
-            each other.
+            each other, or one is missing.
     """
-    values = parse(sys.argv[1:] if argv is None else argv)
+    words = sys.argv[1:] if argv is None else argv
+    values, command = parse(words), shlex.join(["run_llama.py", *words])
     task = values.get("option", "generate")
-    notes = [*fill_in_model(values), *(fill_in_data(values, task) if task != "generate" else [])]
+    if task == "classify":
+        fill_in_classification(values)
+        return ClassifyOptions(**values, command=command)
+    notes = choose_demo(values, task)
+    fill_in_model(values)
+    if task != "generate":
+        fill_in_data(values, task)
     if task == "generate":
-        fill_in_generation(values)
+        fill_in_generation(values, is_demo=bool(notes))
     elif task == "pretrain":
         fill_in_pretraining(values)
     else:
         fill_in_evaluation(values, task)
-    return TASKS[task](**values, notes=tuple(notes))
+    return TASKS[task](**values, notes=notes, command=command)
 
 
-def fill_in_model(values: dict[str, Any]) -> list[str]:
-    """Fill in the checkpoint and its tokenizer; returns notes on what the demo stands in for.
+def choose_demo(values: dict[str, Any], task: str) -> tuple[str, ...]:
+    """Fill in the whole demo if no file is named and a default file is missing.
+
+    Also fills in the demo's model if `--dataset demo` is given without a model.
+
+    Returns:
+        A note that says so, or nothing.
+    """
+    demo_model = str(demo_folder() / "model.pt")
+    if any(name in values for name in FILE_OPTIONS):
+        has_model = "pretrained_model_path" in values or new_model_flags(values)
+        if values.get("dataset") == "demo" and not has_model:
+            values["pretrained_model_path"] = demo_model
+        return ()
+    data = data_files("cfimdb")
+    defaults = [CHECKPOINT, TOKENIZER, *(data[name] for name in data if name in TASKS[task].reads)]
+    missing = [path for path in defaults if not Path(path).exists()]
+    if not missing:
+        return ()
+    values["pretrained_model_path"] = demo_model
+    if task != "generate":
+        values["dataset"] = "demo"
+    return (stand_in_note(missing[0]),)
+
+
+def new_model_flags(values: dict[str, Any]) -> list[str]:
+    """Return the flags that are given and ask for a new model."""
+    return [name for name in PretrainOptions.shape_names if name in values]
+
+
+def fill_in_model(values: dict[str, Any]) -> None:
+    """Fill in the checkpoint and its tokenizer.
 
     Raises:
         ValueError: the flags contradict each other.
     """
-    notes = []
-    given_sizes = [name for name in PretrainOptions.shape_names if name in values]
-    if given_sizes:
+    if sizes := new_model_flags(values):
         if "pretrained_model_path" in values:
             raise ValueError(
-                f"--{given_sizes[0]} starts a new model, --pretrained-model-path trains an old "
-                "one further; leave one of them out"
+                f"--{sizes[0]} starts a new model, --pretrained-model-path trains an old one "
+                "further; leave one of them out"
             )
         if "tokenizer_path" not in values:
             raise ValueError("a new model needs a tokenizer; name one with --tokenizer_path")
         values["pretrained_model_path"] = None
-    elif "pretrained_model_path" not in values:
-        values["pretrained_model_path"] = CHECKPOINT
-        if not Path(CHECKPOINT).exists():
-            values["pretrained_model_path"] = str(demo_folder() / "model.pt")
-            notes.append(stand_in_note(CHECKPOINT, values["pretrained_model_path"]))
-    if "tokenizer_path" not in values:
-        beside = Path(values["pretrained_model_path"]).with_name("tokenizer.model")
-        values["tokenizer_path"] = str(beside)
-    return notes
+        return
+    path = values.setdefault("pretrained_model_path", CHECKPOINT)
+    values.setdefault("tokenizer_path", str(Path(path).with_name(TOKENIZER)))
 
 
-def fill_in_data(values: dict[str, Any], task: str) -> list[str]:
-    """Fill in the data files; returns notes on what the demo stands in for.
+def fill_in_data(values: dict[str, Any], task: str) -> None:
+    """Fill in the data files.
 
     Raises:
         ValueError: several files are given, and the task takes one.
     """
-    notes = []
     # data_files has the same names for every data set.
     names = [name for name in data_files("cfimdb") if name in flags_of(TASKS[task])]
-    if not any(name in values for name in ("dataset", *names)):
-        needed = [name for name in names if name in TASKS[task].reads]
-        files = data_files("cfimdb")
-        missing = [files[name] for name in needed if not Path(files[name]).exists()]
-        if missing:
-            values["dataset"] = "demo"
-            notes.append(stand_in_note(missing[0], str(demo_folder())))
     for name, path in data_files(values.get("dataset", "cfimdb")).items():
         if name in names:
             values.setdefault(name, path)
@@ -201,16 +266,17 @@ def fill_in_data(values: dict[str, Any], task: str) -> list[str]:
             )
         # PretrainOptions takes a tuple of files, the other tasks take one file.
         values[name] = paths if task == "pretrain" else paths[0]
-    # Without --dataset, results are named after the dev file.
-    values.setdefault("dataset", Path(as_tuple(values["dev"])[0]).stem.removesuffix("-dev"))
-    return notes
+    # Without --dataset, results are named after a data file.
+    split = "train" if task == "pretrain" else "dev"
+    stem = Path(as_tuple(values[split])[0]).stem
+    values.setdefault("dataset", stem.removesuffix(f"-{split}"))
 
 
-def fill_in_generation(values: dict[str, Any]) -> None:
+def fill_in_generation(values: dict[str, Any], is_demo: bool) -> None:
     """Fill in the prompt, the dtype and the output files."""
     values["prompt"] = tuple(values.get("prompt", (PROMPT,)))
     values.setdefault("dtype", "bfloat16" if "quantize" in values else "float32")
-    beginning = "output/task_1/generated-sentence-temp"
+    beginning = f"output/task_1/{'demo-' if is_demo else ''}generated-sentence-temp"
     high = values.get("temperature") or 1.0
     values.setdefault("generated_sentence_low_temp_out", f"{beginning}-0.txt")
     values.setdefault("generated_sentence_high_temp_out", f"{beginning}-{high:g}.txt")
@@ -238,6 +304,23 @@ def fill_in_pretraining(values: dict[str, Any]) -> None:
     values.setdefault("filepath", f"output/pretrain/{values['dataset']}-{epochs}-{lr}/model.pt")
 
 
+def fill_in_classification(values: dict[str, Any]) -> None:
+    """Fill in the dtype; `-` names standard input or output.
+
+    Raises:
+        ValueError: no classifier is named.
+    """
+    if "filepath" not in values:
+        raise ValueError(
+            "--option classify needs a classifier; name one with --filepath, such as the "
+            "checkpoint that --option finetune has written to output/task_3/"
+        )
+    values.setdefault("dtype", "float32")
+    for name in ("input", "output"):
+        if values.get(name) == "-":
+            del values[name]
+
+
 # ----------------------------------------------------------------------------------------- files
 
 
@@ -247,16 +330,32 @@ def check_files(options: Options) -> None:
     Under torchrun only the main process writes, so only that one checks the outputs.
 
     Raises:
-        OSError: for the first file that is missing or cannot be written.
-        ValueError: generate runs under torchrun, a dev file is a training file, or the training
-            checkpoint of an unfinished run exists.
+        OSError: for the first file that is missing, cannot be written, or is being written by
+            another process.
+        ValueError: generate or classify runs under torchrun, a dev file is a training file, the
+            result is an input, or the training checkpoint of an unfinished run exists.
     """
-    if isinstance(options, GenerateOptions) and environment("WORLD_SIZE") > 1:
-        raise ValueError("--option generate runs in one process; start it without torchrun")
+    if isinstance(options, GenerateOptions | ClassifyOptions) and environment("WORLD_SIZE") > 1:
+        raise ValueError(
+            f"--option {options.option} runs in one process; start it without torchrun"
+        )
     for path in options.input_files:
-        check_readable(path)
+        try:
+            check_readable(path)
+        except FileNotFoundError:
+            if (advice := advise_on_missing(path)) is None:
+                raise
+            raise FileNotFoundError(f"{path}: no such file; {advice}") from None
     if isinstance(options, PretrainOptions):
         check_held_out(options.train, options.dev)
+    if isinstance(options, ClassifyOptions):
+        check_not_an_input(options)
+    if environment("RANK") == 0:
+        for path, record in options.records.items():
+            prepare_output(path)
+            prepare_record(record, path, options.output_files)
+        with lock_results(options.results, lambda note: None):
+            pass  # refused if another process is writing them; program.py keeps the locks
     if isinstance(options, TrainingOptions):
         for checkpoint in options.training_checkpoints:
             if checkpoint.exists() and not options.resume:
@@ -264,9 +363,52 @@ def check_files(options: Options) -> None:
                     f"{checkpoint}: is the training checkpoint of an interrupted run; resume the "
                     "run with --resume, or delete the file to start again"
                 )
-    if environment("RANK") == 0:
-        for path in options.output_files:
-            prepare_output(path)
+
+
+def advise_on_missing(path: str) -> str | None:
+    """Return how to get one of the course's files; None for another file."""
+    course = {CHECKPOINT, TOKENIZER, *data_files("sst").values(), *data_files("cfimdb").values()}
+    if path not in course:
+        return None
+    advice = "get it with: uv run python data/download.py"
+    if path in (CHECKPOINT, TOKENIZER):
+        advice += f"; or use the demo's model: --pretrained-model-path {demo_folder()}/model.pt"
+    return advice
+
+
+def prepare_record(record: str, result: str, results: Sequence[str]) -> None:
+    """Raise unless the record of a result can be written, and replaces nothing but a record.
+
+    Raises:
+        OSError: it cannot be written.
+        ValueError: a file of this name is another result, or exists and is not a record.
+    """
+    prepare_output(record)
+    is_result = os.path.realpath(record) in map(os.path.realpath, results)
+    if is_result or (Path(record).exists() and not is_record(record)):
+        raise ValueError(
+            f"{record}: the record of {result} would replace this file; choose another name for "
+            "the result"
+        )
+
+
+def is_record(path: str) -> bool:
+    """Return whether a file is the record of a result."""
+    if Path(path).stat().st_size > 1_000_000:
+        return False
+    try:
+        content = json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and content.keys() >= {"result", "command", "version"}
+
+
+def check_not_an_input(options: ClassifyOptions) -> None:
+    """Raise ValueError if the result would replace a file that is read."""
+    for path in options.output_files:
+        for other in options.input_files:
+            if os.path.realpath(path) == os.path.realpath(other):
+                raise ValueError(f"--output {path}: is also an input; choose another name")
 
 
 def check_held_out(train: Sequence[str], dev: Sequence[str]) -> None:

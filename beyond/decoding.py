@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from beyond.runtime import has_bfloat16
 from llama import Llama, LlamaLayer, check_context, sample_next_token, token_probabilities
 from rope import rotary_tables
 
@@ -130,6 +131,9 @@ class Projection:
             self.weight = weight.to(dtype)
             stored = self.weight.float()
         self.error = (stored - weight).abs().max().item()
+        # Without units for bfloat16, reading such weights is fast but matrix products of them are
+        # very slow: products with several rows are computed in float32.
+        self.is_emulated = dtype == torch.bfloat16 and not has_bfloat16(weight.device)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map x (n, in) to (n, out)."""
@@ -138,6 +142,8 @@ class Projection:
             return torch._weight_int8pack_mm(x, self.weight, self.scales)
         if len(x) == 1:
             return torch.mv(self.weight, x[0])[None]
+        if self.is_emulated:
+            return F.linear(x.float(), self.weight.float()).to(x.dtype)
         return F.linear(x, self.weight)
 
 

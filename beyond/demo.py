@@ -16,9 +16,9 @@ def data_files(dataset: str) -> dict[str, str]:
     return {**files, "label_names": f"{prefix}label-mapping.json"}
 
 
-def stand_in_note(missing: str, demo: str) -> str:
-    """Say that the demo takes the place of a default file, and how to get the real one."""
+def stand_in_note(missing: str) -> str:
+    """Say that the demo stands in because a file is missing, and how to get the real files."""
     return (
-        f"there is no {missing}, so {demo} stands in for it; "
-        "get the real one with: uv run python data/download.py"
+        f"there is no {missing}, so the demo in {demo_folder()} stands in, and its results are "
+        "called demo-...; get the real files with: uv run python data/download.py"
     )

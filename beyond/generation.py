@@ -1,5 +1,6 @@
 """From prompts to texts: several prompts and samples in a batch, stop tokens, and streaming."""
 
+import codecs
 import itertools
 import sys
 from collections.abc import Iterable, Iterator, Sequence, Set
@@ -13,20 +14,24 @@ from beyond.options import GenerateOptions
 from beyond.runtime import Runtime, allow_tf32
 from llama import Llama
 from tokenizer import Tokenizer
+from utils import LINE_END
 
 DIVIDER = "---------------"  # between texts
 
 
 def read_prompt(prompt: str) -> str:
-    """Return a prompt of the command line; `-` stands for all of standard input.
+    r"""Return a prompt of the command line; `-` stands for all of standard input.
+
+    Standard input is one text. A byte-order mark is dropped, and "\r\n" and "\r" become "\n".
 
     Raises:
         ValueError: standard input is empty or not UTF-8.
     """
     if prompt != "-":
         return prompt
+    content = sys.stdin.buffer.read().removeprefix(codecs.BOM_UTF8)
     try:
-        text = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+        text = LINE_END.sub(b"\n", content).decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"--prompt -: standard input is not UTF-8 text: {error.reason}") from None
     if not text:

@@ -8,15 +8,16 @@ Like `command_line.py`, this module imports neither PyTorch nor NumPy.
 """
 
 import argparse
+import os
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from config import LlamaConfig
-from utils import LARGEST_INT, at_least_one
+from utils import at_least_one
 
-TASK_NAMES = ("generate", "prompt", "finetune", "pretrain")
+TASK_NAMES = ("generate", "prompt", "finetune", "pretrain", "classify")
 CHECKPOINT = "stories42M.pt"
 LARGEST_FLOAT32 = 3.4028234663852886e38
 
@@ -48,14 +49,17 @@ def non_negative(text: str) -> float:
     return value
 
 
-def non_negative_int(text: str) -> int:
-    """Convert an argument to an integer from 0 to `LARGEST_INT`."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is below 0")
-    if value > LARGEST_INT:
-        raise argparse.ArgumentTypeError(f"{value} is above {LARGEST_INT}")
+def thread_count(text: str) -> int:
+    """Convert an argument to a number of threads, at most one per CPU core."""
+    value, cores = at_least_one(text), os.cpu_count() or 1
+    if value > cores:
+        raise argparse.ArgumentTypeError(f"{value} is above the number of CPU cores, {cores}")
     return value
+
+
+def non_negative_int(text: str) -> int:
+    """Convert an argument to an integer from 0 to the largest int32."""
+    return at_least_one(text, lowest=0)
 
 
 def probability(text: str) -> float:
@@ -122,6 +126,27 @@ def split_metadata(split: str) -> dict[str, Flag]:
 
 
 TRAIN, DEV = split_metadata("train"), split_metadata("dev")
+TOKENIZER_PATH = {
+    "flag": Flag(
+        "SentencePiece model (default: tokenizer.model in the checkpoint's folder; for classify: "
+        "the one in the classifier's checkpoint)"
+    )
+}
+LABEL_NAMES = {
+    "flag": Flag(
+        "JSON list of label words (default: data/cfimdb-label-mapping.json; for classify: those in "
+        "the classifier's checkpoint)",
+        spelling="label-names",
+        parsing={"metavar": "FILE"},
+    )
+}
+FILEPATH = {
+    "flag": Flag(
+        "result: the best classifier (default: output/task_3/<dataset>-finetune-<epochs>-<lr>.pt) "
+        "or language model (default: output/pretrain/<dataset>-<epochs>-<lr>/model.pt); for "
+        "classify: the fine-tuned classifier"
+    )
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,29 +154,24 @@ class TaskOptions:
     """Options of every task."""
 
     option: str = flag("the task", "generate", choices=TASK_NAMES)
-    seed: int = flag("random seed", 1337, type=seed_number)
-    use_gpu: bool = switch("run on CUDA; without a CUDA device this is an error", recorded=False)
-    pretrained_model_path: str | None = flag(  # None: pretraining starts with a new model
-        f"checkpoint (default: {CHECKPOINT}; if that is missing, the demo's)",
-        spelling="pretrained-model-path",
-    )
-    tokenizer_path: str = flag(
-        "SentencePiece model (default: tokenizer.model in the checkpoint's folder)"
-    )
-    max_sentence_len: int | None = flag(
-        "truncate each text to this many tokens, BOS not counted", None, type=at_least_one
-    )
-    causal: bool | None = flag(  # None: the checkpoint decides
-        "causal attention, and classify from each sentence's last token (default: from the "
-        "checkpoint; off if the checkpoint does not say)",
+    threads: int | None = flag(
+        "CPU threads of PyTorch; fewer are faster if other programs use the machine (default: one "
+        "per core)",
         None,
-        recorded=False,  # the mode in force is recorded, see runtime.py
-        action=argparse.BooleanOptionalAction,
+        recorded=False,
+        type=thread_count,
+    )
+    use_gpu: bool = switch("run on CUDA; without a CUDA device this is an error", recorded=False)
+    max_sentence_len: int | None = flag(
+        "truncate each text to this many tokens, BOS not counted (default: do not truncate; for "
+        "classify: as the classifier was fine-tuned)",
+        None,
+        type=at_least_one,
     )
     dtype: str | None = flag(  # None: bfloat16 if the hardware has it
         "dtype of the large matrix products (default: float32; with --quantize: bfloat16; "
         "for pretrain: bfloat16 if the hardware has it)",
-        recorded=False,  # likewise
+        recorded=False,  # the dtype in force is recorded, see runtime.py
         choices=("float32", "bfloat16"),
     )
     batch_size: int = flag(
@@ -160,20 +180,35 @@ class TaskOptions:
         type=at_least_one,
     )
     notes: tuple[str, ...] = ()  # which default files the demo stands in for; not a flag
+    command: str = field(default="", compare=False)  # the command line; not a flag
 
     reads: ClassVar[tuple[str, ...]] = ()  # fields that name the data files that the task reads
     writes: ClassVar[tuple[str, ...]] = ()  # fields that name its results
 
     @property
+    def checkpoint(self) -> str | None:
+        """The checkpoint that the task starts from; None: a new model."""
+        raise NotImplementedError
+
+    @property
     def input_files(self) -> tuple[str, ...]:
         """The files that the task reads."""
-        data = [path for name in self.reads for path in as_tuple(getattr(self, name))]
-        return tuple(filter(None, (self.pretrained_model_path, self.tokenizer_path, *data)))
+        raise NotImplementedError
 
     @property
     def output_files(self) -> tuple[str, ...]:
         """The results; those of several seeds go to the same folders."""
         return tuple(getattr(self, name) for name in self.writes)
+
+    @property
+    def records(self) -> dict[str, str]:
+        """The record of each result, by the result."""
+        return {path: record_path(path) for path in self.output_files}
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        """All files that the task writes, to be locked."""
+        return (*self.output_files, *self.records.values())
 
     def hyperparameters(self) -> dict[str, str]:
         """Return the options that identify a run: one with other values is another run."""
@@ -182,7 +217,37 @@ class TaskOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateOptions(TaskOptions):
+class ModelOptions(TaskOptions):
+    """Options of the tasks that start from a pretrained or a new model."""
+
+    seed: int = flag("random seed", 1337, type=seed_number)
+    pretrained_model_path: str | None = flag(  # None: pretraining starts with a new model
+        f"checkpoint (default: {CHECKPOINT}; if that is missing, the demo's)",
+        spelling="pretrained-model-path",
+    )
+    tokenizer_path: str = field(metadata=TOKENIZER_PATH)
+    causal: bool | None = flag(  # None: the checkpoint decides
+        "causal attention, and classify from each sentence's last token (default: from the "
+        "checkpoint; off if the checkpoint does not say)",
+        None,
+        recorded=False,  # the mode in force is recorded, see runtime.py
+        action=argparse.BooleanOptionalAction,
+    )
+
+    @property
+    def checkpoint(self) -> str | None:
+        """The checkpoint that the task starts from; None: a new model."""
+        return self.pretrained_model_path
+
+    @property
+    def input_files(self) -> tuple[str, ...]:
+        """The files that the task reads."""
+        data = [path for name in self.reads for path in as_tuple(getattr(self, name))]
+        return tuple(filter(None, (self.checkpoint, self.tokenizer_path, *data)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(ModelOptions):
     """Options of `--option generate`."""
 
     prompt: tuple[str, ...] = flag(
@@ -243,7 +308,7 @@ class GenerateOptions(TaskOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataOptions(TaskOptions):
+class DataOptions(ModelOptions):
     """Options of the tasks that read data files."""
 
     dataset: str = flag(
@@ -267,11 +332,7 @@ class EvaluationOptions(DataOptions):
         "(default: data/cfimdb-test.txt)",
         metavar="FILE",
     )
-    label_names: str = flag(
-        "JSON list of label words (default: data/cfimdb-label-mapping.json)",
-        spelling="label-names",
-        metavar="FILE",
-    )
+    label_names: str = field(metadata=LABEL_NAMES)
     dev_out: str = flag(
         "dev predictions, in a file named ...dev-prompting-output.txt or "
         "...dev-finetuning-output.txt (default: output/task_{2,3}/<dataset>-dev-...)"
@@ -359,10 +420,7 @@ class TrainingOptions(DataOptions):
         None,
         type=dropout_probability,
     )
-    filepath: str = flag(
-        "result: the best classifier (default: output/task_3/<dataset>-finetune-<epochs>-<lr>.pt) "
-        "or language model (default: output/pretrain/<dataset>-<epochs>-<lr>/model.pt)"
-    )
+    filepath: str = field(metadata=FILEPATH)
     micro_batch_size: int | None = flag(
         "compute this many rows of a batch at a time, which takes less memory (default: all)",
         None,
@@ -404,6 +462,11 @@ class TrainingOptions(DataOptions):
         """Where the task's runs are saved until they are complete."""
         return (training_checkpoint(self.filepath),)
 
+    @property
+    def results(self) -> tuple[str, ...]:
+        """All files that the task writes, to be locked."""
+        return (*super().results, *map(str, self.training_checkpoints))
+
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneOptions(EvaluationOptions, TrainingOptions):
@@ -422,6 +485,19 @@ class FinetuneOptions(EvaluationOptions, TrainingOptions):
     reads = ("label_names", "dev", "test", "train")
     writes = ("dev_out", "test_out", "filepath")
     results_folder, results_kind = "output/task_3", "finetuning"
+
+    @property
+    def tables(self) -> dict[str, str]:
+        """The tables of the predictions, by split: beside the checkpoint, with its name."""
+        path = Path(self.filepath)
+        # In a name such as a-0.001 the ending is a part of a number.
+        stem = path.stem if path.suffix[1:2].isalpha() else path.name
+        return {split: str(path.with_name(f"{stem}.{split}.tsv")) for split in ("dev", "test")}
+
+    @property
+    def output_files(self) -> tuple[str, ...]:
+        """The results; those of several seeds go to the same folders."""
+        return (*super().output_files, *self.tables.values())
 
     @property
     def log_folder(self) -> Path:
@@ -461,6 +537,14 @@ class FinetuneOptions(EvaluationOptions, TrainingOptions):
         """Where the task's runs are saved until they are complete."""
         runs = self.per_seed() if self.seeds else [self]
         return tuple(training_checkpoint(run.filepath) for run in runs)
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        """All files that the task writes, to be locked."""
+        if not self.seeds:
+            return super().results
+        runs = [path for run in self.per_seed() for path in run.results]
+        return (*runs, str(self.seeds_file))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -513,15 +597,62 @@ class PretrainOptions(TrainingOptions):
         return {name: size for name, size in sizes.items() if size is not None}
 
 
-Options = GenerateOptions | PromptOptions | FinetuneOptions | PretrainOptions
-TASKS: dict[str, type[Options]] = dict(
-    zip(TASK_NAMES, (GenerateOptions, PromptOptions, FinetuneOptions, PretrainOptions), strict=True)
-)
+@dataclass(frozen=True, kw_only=True)
+class ClassifyOptions(TaskOptions):
+    """Options of `--option classify`."""
+
+    filepath: str = field(metadata=FILEPATH)
+    tokenizer_path: str | None = field(default=None, metadata=TOKENIZER_PATH)
+    label_names: str | None = field(default=None, metadata=LABEL_NAMES)
+    input: str | None = flag(
+        "sentences, one a line, or lines `label ||| sentence` (default: standard input)",
+        None,
+        metavar="FILE",
+    )
+    output: str | None = flag(
+        "file of the results (default: standard output)", None, metavar="FILE"
+    )
+    json: bool = switch("write JSON lines with the probabilities of all labels, instead of TSV")
+
+    seed: ClassVar[int] = 0  # not a flag, since classifying draws no random numbers
+    reads = ("filepath", "tokenizer_path", "label_names", "input")
+    writes = ("output",)
+
+    @property
+    def checkpoint(self) -> str:
+        """The classifier's checkpoint."""
+        return self.filepath
+
+    @property
+    def input_files(self) -> tuple[str, ...]:
+        """The files that the task reads."""
+        paths = (getattr(self, name) for name in self.reads)
+        return tuple(path for path in paths if path is not None)
+
+    @property
+    def output_files(self) -> tuple[str, ...]:
+        """The file that the task writes, if it writes one."""
+        return () if self.output is None else (self.output,)
+
+
+Options = GenerateOptions | PromptOptions | FinetuneOptions | PretrainOptions | ClassifyOptions
+TASKS: dict[str, type[Options]] = {
+    "generate": GenerateOptions,
+    "prompt": PromptOptions,
+    "finetune": FinetuneOptions,
+    "pretrain": PretrainOptions,
+    "classify": ClassifyOptions,
+}
 
 
 def as_tuple(value: str | tuple[str, ...]) -> tuple[str, ...]:
     """Return one path or several as a tuple."""
     return (value,) if isinstance(value, str) else value
+
+
+def record_path(path: str | Path) -> str:
+    """Return where the record of a result is written, see `records.py`."""
+    return f"{path}.json"
 
 
 def flags_of(task: type[TaskOptions]) -> dict[str, Flag]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from beyond.batches import shard_batches
 from beyond.options import PretrainOptions
 from beyond.processes import gather, is_main_process
+from beyond.records import write_record
 from beyond.run import TrainingRun, remove_training_checkpoint, start_run
 from beyond.runtime import Runtime, load_model, prepare_model, resolve_runtime, to_device
 from config import LlamaConfig
@@ -72,6 +73,7 @@ def pretrain(options: PretrainOptions) -> None:
                 if is_main_process():
                     llama.save_pretrained(options.filepath, getattr(torch, options.store_dtype))
                 print(f"save the model to {options.filepath}")
+                write_record(options.filepath, runtime.record, epoch=epoch, dev_loss=dev_loss)
     remove_training_checkpoint(options.run.training_checkpoint)
 
 

@@ -2,14 +2,18 @@
 
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
 
 from beyond.command_line import check_files, say
 from beyond.interrupts import Interrupted, signals_raise
 from beyond.options import DataOptions, FinetuneOptions, Options, TrainingOptions
 from beyond.processes import end_processes, is_lost_process, is_main_process, start_processes
-from beyond.runtime import is_out_of_memory, require_determinism, resolve_device
-from utils import describe_error
+from beyond.runtime import is_compiler_error, is_out_of_memory, require_determinism, resolve_device
+from utils import describe_error, lock_results
 
 
 def run_program(get_options: Callable[[], Options], task: Callable[[Options], None]) -> int:
@@ -31,8 +35,8 @@ def run_program(get_options: Callable[[], Options], task: Callable[[Options], No
     with signals_raise():
         try:
             options = get_options()
-            start(options)
-            task(options)
+            with started(options):
+                task(options)
             end_processes()
         except Interrupted as interrupt:
             if is_main_process():
@@ -45,6 +49,13 @@ def run_program(get_options: Callable[[], Options], task: Callable[[Options], No
             if is_out_of_memory(error):
                 say(f"error: {memory_advice(options)}")
                 return 2
+            if is_compiler_error(error):
+                reason = str(error).split("\n")[0]
+                say(
+                    f"error: --compile: {reason}; install a C++ compiler such as g++, or leave "
+                    "--compile out"
+                )
+                return 2
             if is_lost_process(error):
                 say(f"error: lost another process: {describe_error(error)}")
                 return 1
@@ -52,16 +63,34 @@ def run_program(get_options: Callable[[], Options], task: Callable[[Options], No
     return 0
 
 
-def start(options: Options) -> None:
-    """Check device and files, join torchrun's processes, and print the notes."""
+@contextmanager
+def started(options: Options) -> Iterator[None]:
+    """Check device and files, join torchrun's processes, lock the results, and print the notes."""
     resolve_device(options.use_gpu)
     check_files(options)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     start_processes(options.use_gpu)
     if isinstance(options, DataOptions) and options.deterministic:
         require_determinism()
-    if is_main_process():
-        for note in options.notes:
-            say(f"note: {note}")
+    with lock_results(options.results if is_main_process() else (), note):
+        if is_main_process():
+            for text in (*options.notes, *replaced_files(options)):
+                note(text)
+        yield
+
+
+def replaced_files(options: Options) -> list[str]:
+    """Return a note that names the results that exist and will be replaced, if there are any."""
+    existing = [path for path in options.output_files if Path(path).exists()]
+    if not existing or (isinstance(options, TrainingOptions) and options.resume):
+        return []
+    return [f"replaces {', '.join(existing)}"]
+
+
+def note(text: str) -> None:
+    """Print a note on standard error."""
+    say(f"note: {text}")
 
 
 def resume_hint(options: Options | None) -> str:

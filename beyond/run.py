@@ -32,7 +32,7 @@ from beyond.processes import (
     progress,
     rank,
 )
-from beyond.runtime import Runtime
+from beyond.runtime import Runtime, ThreadWatch
 from utils import LARGEST_INT, fingerprint, remove_leftovers
 
 if TYPE_CHECKING:  # importing it takes a second
@@ -85,6 +85,8 @@ class TrainingRun[B: TrainingBatch]:
         self.position = Position()
         self.best: float | None = None
         self.step_log = StepLog()
+        on_cpu = next(model.parameters()).device.type == "cpu"
+        self.thread_watch = ThreadWatch(enabled=on_cpu and is_main_process())
         self.log_name = f"{Path(options.filepath).stem}-{datetime.now():%Y%m%d-%H%M%S}"
         self.epoch_start_generator_state = generator.get_state()
         # PyTorch's random state at `position` if PyTorch's own has moved on since then, else None.
@@ -130,10 +132,12 @@ class TrainingRun[B: TrainingBatch]:
             pass
         self._restore_random_state()
         epoch, done = self.position.epoch, self.position.step
+        self.thread_watch.restart()
         bar = progress(batches, desc=f"train-{epoch}", total=len(self.loader), initial=done)
         for batch in bar:
             yield batch
             self.position = Position(epoch, self.position.step + 1)
+            self.thread_watch.step()
             if self.options.save_every and self.step % self.options.save_every == 0:
                 self.save()
             stop_if_asked()

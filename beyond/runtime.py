@@ -4,25 +4,35 @@ Also what follows from them: how fast and how exactly matrix products are comput
 """
 
 import os
+import sys
+import time
 import warnings
-from dataclasses import dataclass
-from typing import cast
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from beyond.options import TaskOptions
+from beyond.command_line import environment, say
+from beyond.options import ModelOptions, TaskOptions
+from beyond.records import describe_run
 from llama import Llama, load_pretrained
 from tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """The device, the dtype of matrix products, and the attention mode of a run."""
+    """The device, the dtype of matrix products, and the attention mode of a run.
+
+    Attributes:
+        record: what is written beside each result, see `records.py`.
+    """
 
     device: torch.device
     dtype: torch.dtype  # float32 or bfloat16
     causal: bool  # else reference mode
+    record: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __str__(self) -> str:
         values = self.hyperparameters()
@@ -55,11 +65,16 @@ def resolve_runtime(options: TaskOptions, causal: bool) -> Runtime:
     dtype = options.dtype or ("bfloat16" if has_bfloat16(device) else "float32")
     runtime = Runtime(device, getattr(torch, dtype), causal)
     print(runtime)
-    return runtime
+    if dtype == "bfloat16" and not has_bfloat16(device) and environment("RANK") == 0:
+        say(
+            "note: this processor has no units for bfloat16, so matrix products are up to 100 "
+            "times slower than in float32; use --dtype float32"
+        )
+    return replace(runtime, record=describe_run(options, runtime.hyperparameters()))
 
 
 def load_model(
-    options: TaskOptions, dropout: float | None = None, max_seq_len: int | None = None
+    options: ModelOptions, dropout: float | None = None, max_seq_len: int | None = None
 ) -> tuple[Llama, Tokenizer, Runtime]:
     """Load the pretrained model, on the CPU, and its tokenizer; choose device, dtype and mode.
 
@@ -74,14 +89,18 @@ def load_model(
     assert path is not None, "the options ask for a new model"
     tokenizer = Tokenizer(options.max_sentence_len, options.tokenizer_path)
     llama = load_pretrained(path, options.causal, dropout, max_seq_len)
-    if tokenizer.n_words != llama.config.vocab_size:
-        raise ValueError(
-            f"{options.tokenizer_path}: has a vocabulary of {tokenizer.n_words}, but that of "
-            f"{path} is {llama.config.vocab_size}; use the checkpoint's own tokenizer "
-            "(--tokenizer_path)"
-        )
+    check_vocabulary(tokenizer, options.tokenizer_path, llama, path)
     print(f"load model from {path}")
     return llama, tokenizer, resolve_runtime(options, llama.config.causal)
+
+
+def check_vocabulary(tokenizer: Tokenizer, tokenizer_path: str, llama: Llama, path: str) -> None:
+    """Raise ValueError unless a tokenizer has as many pieces as a checkpoint's vocabulary."""
+    if tokenizer.n_words != llama.config.vocab_size:
+        raise ValueError(
+            f"{tokenizer_path}: has a vocabulary of {tokenizer.n_words}, but that of {path} is "
+            f"{llama.config.vocab_size}; use the checkpoint's own tokenizer (--tokenizer_path)"
+        )
 
 
 def resolve_device(use_gpu: bool) -> torch.device:
@@ -118,6 +137,57 @@ def require_determinism() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it
     torch.use_deterministic_algorithms(True)
     print("uses deterministic operations only")
+
+
+class ThreadWatch:
+    """Compares, once in a training run, the time that PyTorch's CPU threads get with their number.
+
+    Two programs with two threads each on two cores are many times slower than one after the other.
+
+    Args:
+        enabled: False on a GPU, and in all processes but the main one.
+    """
+
+    SECONDS = 5.0  # of training before the comparison
+    SHARES = (0.6, 1.5)  # of the threads' time: below it or above it there is a note
+
+    def __init__(self, enabled: bool) -> None:
+        self.done = not enabled
+        self.restart()
+
+    def restart(self) -> None:
+        """Measure from now on."""
+        self.start = time.perf_counter(), time.process_time()
+
+    def step(self) -> None:
+        """Compare if it is time; called after each step."""
+        wall, cpu = time.perf_counter() - self.start[0], time.process_time() - self.start[1]
+        if self.done or wall < self.SECONDS:
+            return
+        self.done = True
+        if advice := thread_advice(cpu / wall, torch.get_num_threads()):
+            say(f"note: {advice}")
+
+
+def thread_advice(busy: float, threads: int) -> str | None:
+    """Return advice on `--threads`, or None.
+
+    Args:
+        busy: CPU seconds per second of this process.
+        threads: CPU threads of PyTorch.
+    """
+    low, high = ThreadWatch.SHARES
+    if threads > 1 and busy < low * threads:
+        return (
+            f"{threads} threads of PyTorch get the time of {busy:.1f}; if other programs use this "
+            "machine, or the model is small, --threads 1 may be much faster"
+        )
+    if busy > high * threads:
+        return (
+            f"{threads} threads of PyTorch use the time of {busy:.1f}; another number of --threads "
+            "may be faster"
+        )
+    return None
 
 
 def allow_tf32(runtime: Runtime) -> None:
@@ -158,6 +228,12 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda":
         return x.pin_memory().to(device, non_blocking=True)
     return x
+
+
+def is_compiler_error(error: BaseException) -> bool:
+    """Return whether an error comes from the code generator of `torch.compile`."""
+    module = sys.modules.get("torch._inductor.exc")  # not imported unless something is compiled
+    return module is not None and isinstance(error, module.InductorError)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -327,7 +327,7 @@ def run(names: Sequence[str], source: str | None, root: Path) -> None:
 
     requested = list(dict.fromkeys(names or versions_of))
     missing = [name for name in requested if not is_in_place(root / name, versions_of[name])]
-    fetched = 0
+    fetched = still_missing = 0
     for name in missing:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -339,12 +339,14 @@ def run(names: Sequence[str], source: str | None, root: Path) -> None:
             # A copy of the course's repository has no checkpoint, so this is not an error.
             if not source or names or name != CHECKPOINT:
                 raise
+            still_missing += 1
             command = f"uv run python data/download.py {CHECKPOINT}"
             print(
                 f"download.py: {source} has no {CHECKPOINT}; to fetch it, run: {command}",
                 file=sys.stderr,
             )
-    print(f"{root}: {fetched} fetched, {len(requested) - len(missing)} already there")
+    result = f"{root}: {fetched} fetched, {len(requested) - len(missing)} already there"
+    print(f"{result}, {still_missing} missing" if still_missing else result)
 
 
 class OneLineParser(argparse.ArgumentParser):

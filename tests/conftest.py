@@ -1,5 +1,6 @@
 """Small real files that the tests share: a tokenizer, checkpoints, and a data set."""
 
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,6 +28,15 @@ SENTENCES = [
 ]
 # The sizes differ from each other wherever they can, so that a swapped axis cannot pass.
 SHAPE = {"dim": 48, "n_layers": 2, "n_heads": 6, "n_kv_heads": 3, "max_seq_len": 128}
+
+
+def pytest_configure() -> None:
+    """Let SIGINT interrupt, also if the suite is started in the background of a script.
+
+    There the shell has it ignored, which processes that the tests start would inherit.
+    """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

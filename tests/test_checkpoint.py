@@ -1,5 +1,6 @@
 """Checkpoints: every accepted spelling loads to the same model, everything else is an error."""
 
+import argparse
 import logging
 import math
 import os
@@ -9,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -226,6 +228,32 @@ def test_code_in_a_file_is_not_run(tmp_path: Path, as_zip: bool) -> None:
     with suppress(RuntimeError):
         torch.load(path, weights_only=False)  # without safe loading its code runs
     assert sign.exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        (np.float64(3.0), "numpy.*scalar"),
+        (np.arange(3), "numpy.*_reconstruct"),
+        (argparse.Namespace(lr=1e-3), "argparse.Namespace"),
+        (Path("x"), "pathlib.*Path"),
+    ],
+)
+def test_an_object_that_is_not_allowed_is_named(
+    llama: Llama, tmp_path: Path, value: Any, name: str
+) -> None:
+    """The file is whole, so nothing is said of a download."""
+    torch.save({**checkpoint_of(llama), "args": value}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=rf"model\.pt: .*found .*{name}") as caught:
+        load_pretrained(tmp_path / "model.pt")
+    assert "download" not in str(caught.value) and "nothing in it was run" in str(caught.value)
+
+
+def test_a_truncated_file_hints_at_the_download(llama: Llama, tmp_path: Path) -> None:
+    save_llama(llama, tmp_path / "whole.pt")
+    (tmp_path / "model.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:-100])
+    with pytest.raises(ValueError, match="the end of the archive is missing; a truncated download"):
+        load_pretrained(tmp_path / "model.pt")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])

@@ -69,10 +69,39 @@ def test_create_data(tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.Captur
     assert examples[0].tokens == tokenizer.encode("Warm .", bos=True, eos=False)
 
 
-@pytest.mark.parametrize("content", ["0 ||| a\r\n1 ||| b\r\n", "\ufeff0 ||| a\n1 ||| b"])
-def test_files_of_windows(tmp_path: Path, tokenizer: Tokenizer, content: str) -> None:
+@pytest.mark.parametrize(
+    "content",
+    [
+        "0 ||| a\r\n1 ||| b\r\n",
+        "\ufeff0 ||| a\n1 ||| b",
+        "0 ||| a\r1 ||| b\r",
+        "0 ||| a\r1 ||| b\n",
+    ],
+)
+def test_line_ends_of_all_systems(tmp_path: Path, tokenizer: Tokenizer, content: str) -> None:
     examples = create_data(write(tmp_path / "x.txt", content), tokenizer, 2, 64)
     assert [(example.label, example.sentence) for example in examples] == [(0, "a"), (1, "b")]
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c"])
+def test_other_separators_are_part_of_the_sentence(
+    tmp_path: Path, tokenizer: Tokenizer, separator: str
+) -> None:
+    """The prediction file has one line per example, and it reads back."""
+    path = write(tmp_path / "x.txt", f"0 ||| a{separator}b\n1 ||| c\n")
+    examples = create_data(path, tokenizer, 2, 64)
+    sentences = [example.sentence for example in examples]
+    assert sentences == [f"a{separator}b", "c"]
+    write_predictions_to_file("dev", tmp_path / "out.txt", 0.5, [1, 0], sentences)
+    with open(tmp_path / "out.txt", encoding="utf-8", newline=None) as file:
+        assert file.read().split("\n") == [f"1 ||| a{separator}b", "0 ||| c", ""]
+
+
+def test_a_carriage_return_ends_a_line(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """As in the course's own reader: what follows it is a line of its own."""
+    path = write(tmp_path / "x.txt", "0 ||| a\rb\n")
+    with pytest.raises(ValueError, match=r'x\.txt:2: expected "<label>'):
+        create_data(path, tokenizer, 2, 64)
 
 
 def test_prompt_suffix_follows_the_sentence(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -237,7 +266,9 @@ def test_model_eval_returns_to_the_files_order(tmp_path: Path, tokenizer_path: P
     for group_by_length in (False, True):
         loader = LlamaDataset(examples, 3, group_by_length).loader(7)
         results.append(model_eval(loader, model, torch.device("cpu")))
-    assert results[0] == results[1]
+    first, second = results
+    assert first.confidences == pytest.approx(second.confidences, abs=1e-5)
+    assert first == second._replace(confidences=first.confidences)
     assert results[0].sentences == texts and 0 < sum(results[0].predictions) < 30
     with torch.no_grad():
         model.classifier_head.weight[0, 0] = math.nan

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ many = settings(
 )
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
-sentence = text.map(lambda s: s.replace("\n", " ").strip()).filter(bool)
+sentence = text.map(lambda s: re.sub("[\r\n]", " ", s).strip()).filter(bool)
 label = st.integers(0, 4)
 
 

@@ -1,11 +1,13 @@
 """The command line: parsing, defaults, the demo's stand-in, and quick answers to every mistake."""
 
+import itertools
 import json
 import math
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 from beyond import command_line
 from beyond.command_line import build_parser, get_args
 from beyond.options import (
+    TASK_NAMES,
     EvaluationOptions,
     FinetuneOptions,
     GenerateOptions,
@@ -118,7 +121,7 @@ def test_results_are_named_after_the_data(workplace: Path) -> None:
     assert args.dev_out == "output/task_3/sst-dev-finetuning-output.txt"
     args = get_args([*PRETRAIN, "--train", "a.txt", "--dev", "x/b-dev.txt", "c.txt"])
     assert isinstance(args, PretrainOptions)
-    assert args.filepath == "output/pretrain/b-5-0.0001/model.pt"
+    assert args.filepath == "output/pretrain/a-5-0.0001/model.pt"  # after what it has learned
     assert (args.train, args.dev) == (("a.txt",), ("x/b-dev.txt", "c.txt"))
 
 
@@ -144,6 +147,7 @@ def test_default_learning_rate(workplace: Path) -> None:
         (PRETRAIN, None),  # bfloat16 if the hardware has it, which only PyTorch knows
         ([*PRETRAIN, "--dtype", "float32"], "float32"),
         ([*PROMPT, "--dtype", "bfloat16"], "bfloat16"),
+        (["--option", "classify", "--filepath", "x.pt"], "float32"),
     ],
 )
 def test_default_dtype(workplace: Path, argv: list[str], dtype: str | None) -> None:
@@ -151,7 +155,8 @@ def test_default_dtype(workplace: Path, argv: list[str], dtype: str | None) -> N
 
 
 def test_pretraining_is_causal_unless_told_otherwise(workplace: Path) -> None:
-    assert get_args(PRETRAIN).causal is True
+    args = get_args(PRETRAIN)
+    assert isinstance(args, PretrainOptions) and args.causal is True
     with pytest.raises(ValueError, match="--no-causal: pretraining needs causal attention"):
         get_args([*PRETRAIN, "--no-causal"])
 
@@ -170,60 +175,118 @@ def test_temperature_chooses_the_output_file(workplace: Path) -> None:
         assert isinstance(args, GenerateOptions) and args.outfiles == expected
 
 
-NOTES = {
-    "stories42M.pt": "run_llama.py: note: there is no stories42M.pt, so {demo}/model.pt stands in "
-    "for it; get the real one with: uv run python data/download.py\n",
-    "data/cfimdb-dev.txt": "run_llama.py: note: there is no data/cfimdb-dev.txt, so {demo} stands "
-    "in for it; get the real one with: uv run python data/download.py\n",
+DEFAULTS = {  # the default files that each task reads
+    "generate": ("stories42M.pt", "tokenizer.model"),
+    "prompt": ("stories42M.pt", "tokenizer.model", "data/cfimdb-dev.txt"),
+    "finetune": ("stories42M.pt", "tokenizer.model", "data/cfimdb-train.txt"),
+    "pretrain": ("stories42M.pt", "tokenizer.model", "data/cfimdb-train.txt"),
 }
 
 
-@pytest.mark.parametrize("missing", [[], ["stories42M.pt"], ["data/cfimdb-dev.txt"], list(NOTES)])
-def test_demo_stands_in_for_missing_defaults(
-    workplace: Path, capsys: pytest.CaptureFixture[str], missing: list[str]
+def combinations_of_missing_files() -> list[tuple[str, tuple[str, ...]]]:
+    """Each task with each selection of its default files."""
+    return [
+        (task, missing)
+        for task, files in DEFAULTS.items()
+        for count in range(len(files) + 1)
+        for missing in itertools.combinations(files, count)
+    ]
+
+
+def remove(paths: Sequence[str]) -> None:
+    for path in paths:
+        Path(path).unlink()
+
+
+@pytest.mark.parametrize(("task", "missing"), combinations_of_missing_files())
+def test_the_whole_demo_stands_in_if_nothing_is_named(
+    workplace: Path, task: str, missing: tuple[str, ...]
 ) -> None:
-    """Each missing default gets one line; a present one is used."""
-    for name in missing:
-        Path(name).unlink()
-    Path("data/cfimdb-train.txt").unlink()  # which this task does not read
+    """Whichever default file is missing: model, data and names of results are the demo's."""
+    remove(missing)
     demo = os.path.relpath(ROOT / "data" / "demo")
-    _, _, err = run(["--option", "prompt"], capsys)
-    assert err.startswith("".join(NOTES[name].format(demo=demo) for name in missing))
-    args = evaluation_args(["--option", "prompt"])
-    assert len(args.notes) == len(missing)
-    model = f"{demo}/model.pt" if "stories42M.pt" in missing else "stories42M.pt"
-    assert args.pretrained_model_path == model
-    assert args.tokenizer_path == model.replace("model.pt", "tokenizer.model").replace(
-        "stories42M.pt", "tokenizer.model"
-    )
-    if "data/cfimdb-dev.txt" in missing:
-        files = [f"{demo}/{split}.txt" for split in ("train", "dev", "test")]
-        assert [args.train, args.dev, args.test] == files
-        assert args.label_names == f"{demo}/label-mapping.json"
-        assert args.dev_out == "output/task_2/demo-dev-prompting-output.txt"
+    args = get_args(["--option", task])
+    assert all(path.startswith(demo) == bool(missing) for path in args.input_files)
+    for path in args.output_files:
+        named = "demo" in (Path(path).name if task != "pretrain" else path)
+        assert named == bool(missing), path
+    if missing:
+        (note,) = args.notes
+        assert note.startswith(f"there is no {missing[0]}, so the demo in {demo} stands in")
+        assert note.endswith("get the real files with: uv run python data/download.py")
     else:
-        assert args.dev == "data/cfimdb-dev.txt"
+        assert args.notes == ()
+
+
+NAMED = {  # something that names a model, data or results
+    "generate": ["--generated_sentence_low_temp_out", "x.txt"],
+    "prompt": ["--dataset", "cfimdb"],
+    "finetune": ["--filepath", "x.pt"],
+    "pretrain": ["--filepath", "x/model.pt"],
+}
+
+
+@pytest.mark.parametrize(("task", "missing"), combinations_of_missing_files())
+def test_a_missing_default_is_an_error_if_something_is_named(
+    workplace: Path,
+    capsys: pytest.CaptureFixture[str],
+    task: str,
+    missing: tuple[str, ...],
+) -> None:
+    """No result is made with the demo under a name that the user or the assignment chose."""
+    remove(missing)
+    argv = ["--option", task, *NAMED[task]]
+    args = get_args(argv)
+    demo = os.path.relpath(ROOT / "data" / "demo")
+    assert not any(path.startswith(demo) for path in args.input_files)
+    if missing:
+        status, out, err = run(argv, capsys)
+        advice = "get it with: uv run python data/download.py"
+        if not missing[0].startswith("data/"):
+            advice += f"; or use the demo's model: --pretrained-model-path {demo}/model.pt"
+        assert (status, out) == (2, "")
+        assert err == f"run_llama.py: error: {missing[0]}: no such file; {advice}\n"
+
+
+@pytest.mark.parametrize("task", ["prompt", "finetune", "pretrain"])
+def test_dataset_demo_is_the_whole_demo(workplace: Path, task: str) -> None:
+    """Its model too, unless another one is named; without a note, since it was asked for."""
+    demo = os.path.relpath(ROOT / "data" / "demo")
+    args = get_args(["--option", task, "--dataset", "demo"])
+    assert args.notes == () and all(path.startswith(demo) for path in args.input_files)
+    assert all("demo" in path for path in args.output_files)
+    model = ["--pretrained-model-path", "stories42M.pt"]
+    args = get_args(["--option", task, "--dataset", "demo", *model])
+    assert args.input_files[:2] == ("stories42M.pt", "tokenizer.model")
+
+
+def test_the_demos_model_can_be_used_on_purpose(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the advice says, with one's own data; the results have their usual names."""
+    remove(["stories42M.pt"])
+    model = os.path.relpath(ROOT / "data" / "demo" / "model.pt")
+    status, out, err = run([*PROMPT, "--pretrained-model-path", model], capsys)
+    assert (status, err) == (0, "") and f"load model from {model}\n" in out
+    assert Path("output/task_2/cfimdb-dev-prompting-output.txt").exists()
 
 
 @pytest.mark.parametrize(
     "argv",
     [
-        ["--pretrained-model-path", "stories42M.pt"],
-        [*PROMPT, "--dataset", "cfimdb"],
-        [*PROMPT, "--dev", "data/cfimdb-dev.txt"],
-        [*FINETUNE, "--train", "data/cfimdb-train.txt"],
-        ["--option", "generate", "--tokenizer_path", "tokenizer.model"],
+        ["--pretrained-model-path", "no.pt"],
+        [*PROMPT, "--dev", "no.txt"],
+        [*FINETUNE, "--train", "no.txt"],
+        ["--option", "generate", "--tokenizer_path", "no.model"],
     ],
 )
 def test_a_named_file_is_never_replaced(
     workplace: Path, capsys: pytest.CaptureFixture[str], argv: list[str]
 ) -> None:
-    for name in ("tokenizer.model", "data/cfimdb-dev.txt", "data/cfimdb-train.txt"):
-        Path(name).unlink()
-    if "--pretrained-model-path" in argv:
-        Path("stories42M.pt").unlink()
+    remove(["tokenizer.model"] if "--pretrained-model-path" in argv else [])
     status, _, err = run(argv, capsys)
-    assert status == 2 and err.count("\n") == 1 and "No such file" in err, err
+    assert status == 2 and err.count("\n") == 1
+    assert re.search(r"error: no\.\w+: No such file", err), err
 
 
 # -------------------------------------------------------------------------------------- parsing
@@ -242,7 +305,9 @@ def test_flags_take_hyphens_and_underscores(workplace: Path) -> None:
 
 
 FLAGS = [flag for action in build_parser()._actions for flag in action.option_strings]
-words = st.sampled_from([*FLAGS, "generate", "prompt", "finetune", "pretrain", "sst", "-", "--"])
+words = st.sampled_from(
+    [*FLAGS, "generate", "prompt", "finetune", "pretrain", "classify", "sst", "-"]
+)
 numerals = st.integers().map(str) | st.floats().map(str)
 argument = words | words.map("{}=1".format) | numerals | st.text()
 
@@ -253,6 +318,7 @@ argument = words | words.map("{}=1".format) | numerals | st.text()
 @example(["--batch_size", "9" * 5000])
 @example(["--option=finetune", "--lr=1"])
 @example(["--option=pretrain", "--epochs=1"])
+@example(["--option=classify", "--filepath=1"])
 def test_any_arguments_are_options_or_an_error(argv: list[str]) -> None:
     try:
         args = get_args(argv)
@@ -261,7 +327,7 @@ def test_any_arguments_are_options_or_an_error(argv: list[str]) -> None:
     except SystemExit as stop:
         assert stop.code == 0 and {"-h", "--help"} & set(argv)
     else:
-        assert args.option in ("generate", "prompt", "finetune", "pretrain")
+        assert args.option in TASK_NAMES
         assert args.batch_size >= 1
         if isinstance(args, GenerateOptions):
             assert min(args.max_new_tokens, args.num_samples) >= 1 and args.outfiles
@@ -374,6 +440,7 @@ MISTAKES = {
     "output name": ["--option", "prompt", "--dev_out", "x.txt"],
     "bad value": ["--batch_size", "0"],
 }
+ONE_PROCESS = {"generate": [], "classify": ["--option", "classify", "--filepath", "no.pt"]}
 TORCHRUN = {  # name -> RANK, LOCAL_RANK, WORLD_SIZE
     "alone": (),
     "variables of another program": ("", "x", ""),
@@ -415,7 +482,8 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], A
         for name, argv in commands.items()
         for ranks, variables in TORCHRUN.items()
     }
-    cases |= {("generate", ranks): ([], TORCHRUN[ranks]) for ranks in ("rank 0", "rank 1")}
+    for name, argv in ONE_PROCESS.items():
+        cases |= {(name, ranks): (argv, TORCHRUN[ranks]) for ranks in ("rank 0", "rank 1")}
     command = [sys.executable, "-c", ANSWERS, str(ROOT / "run_llama.py")]
     done = subprocess.run(
         command, input=json.dumps(list(cases.values())), cwd=folder, capture_output=True, text=True
@@ -457,13 +525,14 @@ def test_only_the_main_process_answers_a_mistake(
         assert err == ""
 
 
-def test_generate_is_for_one_process(answers: dict[tuple[str, str], Answer]) -> None:
-    status, out, err, _ = answers["generate", "rank 0"]
+@pytest.mark.parametrize("task", ["generate", "classify"])
+def test_some_tasks_are_for_one_process(answers: dict[tuple[str, str], Answer], task: str) -> None:
+    status, out, err, _ = answers[task, "rank 0"]
     assert (status, out) == (2, "") and err == (
-        "run_llama.py: rank 0: error: --option generate runs in one process; start it without "
+        f"run_llama.py: rank 0: error: --option {task} runs in one process; start it without "
         "torchrun\n"
     )
-    assert answers["generate", "rank 1"][:3] == (2, "", "")
+    assert answers[task, "rank 1"][:3] == (2, "", "")
 
 
 def test_only_the_main_process_answers_help(answers: dict[tuple[str, str], Answer]) -> None:

@@ -132,12 +132,18 @@ def test_the_tasks_have_the_flags_that_they_use() -> None:
     expected = {
         "dropout": ("finetune", "pretrain"),
         "hidden_dropout_prob": ("finetune",),
-        "filepath": ("finetune", "pretrain"),
+        "filepath": ("finetune", "pretrain", "classify"),
+        "label_names": ("prompt", "finetune", "classify"),
+        "tokenizer_path": TASK_NAMES,
+        "pretrained_model_path": TASK_NAMES[:-1],  # classify: the one that was fine-tuned
         "train": ("prompt", "finetune", "pretrain"),  # prompt: the assignment's command names it
         "test": ("prompt", "finetune"),
         "max_new_tokens": ("generate",),
         "compile": ("prompt", "finetune", "pretrain"),
-        "seed": TASK_NAMES,
+        "seed": TASK_NAMES[:-1],  # classify draws no random numbers
+        "causal": TASK_NAMES[:-1],  # classify: as the classifier was fine-tuned
+        "dtype": TASK_NAMES,
+        "input": ("classify",),
     }
     assert {name: tasks_of(name) for name in expected} == expected
 
@@ -146,7 +152,8 @@ def test_the_tasks_have_the_flags_that_they_use() -> None:
 
 
 def all_options() -> list[TaskOptions]:
-    return [get_args(["--option", task]) for task in TASK_NAMES]
+    required = {"classify": ["--filepath", "best.pt"]}
+    return [get_args(["--option", task, *required.get(task, [])]) for task in TASK_NAMES]
 
 
 def test_options_are_frozen(workplace: Path) -> None:
@@ -154,9 +161,9 @@ def test_options_are_frozen(workplace: Path) -> None:
         for name in (*flags_of(type(args)), "notes", "new"):
             with pytest.raises(FrozenInstanceError):
                 setattr(args, name, 1)
-        other = replace(args, seed=7)
-        assert (other.seed, args.seed) == (7, 1337) and type(other) is type(args)
-        assert replace(other, seed=1337) == args
+        other = replace(args, batch_size=7)
+        assert (other.batch_size, args.batch_size) == (7, 8) and type(other) is type(args)
+        assert replace(other, batch_size=8) == args
     run = get_args(["--option", "finetune"])
     assert isinstance(run, FinetuneOptions)
     with pytest.raises(FrozenInstanceError):
@@ -169,14 +176,25 @@ def test_replace_checks_the_options_again(workplace: Path) -> None:
     with pytest.raises(ValueError, match="--dev_out x.txt: must end in"):
         replace(args, dev_out="x.txt")
     with pytest.raises(ValueError, match="--no-causal"):
-        replace(get_args(["--option", "pretrain"]), causal=False)
+        pretrain = get_args(["--option", "pretrain"])
+        assert isinstance(pretrain, PretrainOptions)
+        replace(pretrain, causal=False)
 
 
 # ------------------------------------------------------------------------------- hyperparameters
 
 # Options that may change when a run is resumed. The mode and dtype in force are recorded instead
 # of the flags (`runtime.py`), and each of several seeds is a run of its own.
-NOT_RECORDED = {"use_gpu", "causal", "dtype", "micro_batch_size", "save_every", "resume", "seeds"}
+NOT_RECORDED = {
+    "threads",
+    "use_gpu",
+    "causal",
+    "dtype",
+    "micro_batch_size",
+    "save_every",
+    "resume",
+    "seeds",
+}
 
 
 def test_hyperparameters_are_those_of_the_task(workplace: Path) -> None:
@@ -237,7 +255,7 @@ def test_input_and_output_files(workplace: Path) -> None:
     words, train, dev, test = (
         f"data/cfimdb-{name}" for name in ("label-mapping.json", "train.txt", "dev.txt", "test.txt")
     )
-    generate, prompt, finetune, pretrain = all_options()
+    generate, prompt, finetune, pretrain, classify = all_options()
     assert generate.input_files == model
     assert prompt.input_files == (*model, words, dev, test)
     assert finetune.input_files == (*model, words, dev, test, train)
@@ -251,7 +269,24 @@ def test_input_and_output_files(workplace: Path) -> None:
         "output/task_3/cfimdb-dev-finetuning-output.txt",
         "output/task_3/cfimdb-test-finetuning-output.txt",
         "output/task_3/cfimdb-finetune-5-2e-05.pt",
+        "output/task_3/cfimdb-finetune-5-2e-05.dev.tsv",
+        "output/task_3/cfimdb-finetune-5-2e-05.test.tsv",
     )
+    assert (classify.input_files, classify.output_files) == (("best.pt",), ())
+    files = [
+        "--input",
+        "in.txt",
+        "--output",
+        "x.tsv",
+        "--label-names",
+        "w",
+        "--tokenizer_path",
+        "t",
+    ]
+    classify = get_args(["--option", "classify", "--filepath", "best.pt", *files])
+    assert classify.input_files == ("best.pt", "t", "w", "in.txt")
+    assert classify.output_files == ("x.tsv",)
+    assert classify.results == ("x.tsv", "x.tsv.json")  # to be locked
     assert pretrain.output_files == ("output/pretrain/cfimdb-5-0.0001/model.pt",)
     new = get_args(["--option", "pretrain", "--dim", "32", "--tokenizer_path", "t.model"])
     assert new.input_files == ("t.model", train, dev)

@@ -57,7 +57,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
     points = [
         (EVERY_TWO, Strike(KILL, "step", 7)),  # one step after a save
         ([], Strike(KILL, "write", 4)),
-        ([], Strike(KILL, "replace", 4)),
+        ([], Strike(KILL, "replace", 6)),
         (EVERY_TWO, Strike(KILL, "replaced", 5)),
     ]
     ends = [

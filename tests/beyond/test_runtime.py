@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import run_llama
 from base_llama import load_safely
 from beyond import generation, pretraining, runtime
+from beyond.options import ModelOptions
 from beyond.runtime import (
     Runtime,
     allow_tf32,
@@ -271,6 +272,7 @@ def test_load_model_returns_model_tokenizer_and_runtime(
 ) -> None:
     argv = ["--pretrained-model-path", causal_checkpoint, "--dtype", "bfloat16"]
     options = get_args([*argv, "--max_sentence_len", "5"])
+    assert isinstance(options, ModelOptions)
     llama, tokenizer, found = load_model(options, dropout=0.25, max_seq_len=64)
     assert found == Runtime(CPU, torch.bfloat16, causal=True)
     config = llama.config
@@ -288,8 +290,10 @@ def test_a_tokenizer_of_another_vocabulary_is_an_error(
         "^tokenizer.model: has a vocabulary of 320, but that of vocab.pt is 99; use the "
         r"checkpoint's own tokenizer \(--tokenizer_path\)$"
     )
+    options = get_args(["--pretrained-model-path", "vocab.pt"])
+    assert isinstance(options, ModelOptions)
     with pytest.raises(ValueError, match=message):
-        load_model(get_args(["--pretrained-model-path", "vocab.pt"]))
+        load_model(options)
     assert capsys.readouterr().out == ""
 
 

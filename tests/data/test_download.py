@@ -608,6 +608,7 @@ def test_from_source_without_checkpoint_is_not_an_error(
 ) -> None:
     result = run("--from", course_copy)
     assert result.status == 0
+    assert result.out == f"{target}: 2 fetched, 0 already there, 1 missing\n"
     assert (target / "tokenizer.model").read_bytes() == TOKENIZER
     assert (target / "data" / "sst-dev.txt").read_bytes() == DEV
     assert names_below(target) == {"tokenizer.model", "data/sst-dev.txt"}

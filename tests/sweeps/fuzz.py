@@ -44,7 +44,14 @@ import rope
 from base_llama import write_checkpoint
 from beyond.command_line import get_args
 from beyond.generation import decode_stream
-from beyond.options import TASKS, PretrainOptions, RunOptions, TrainingOptions, flags_of
+from beyond.options import (
+    TASKS,
+    ClassifyOptions,
+    PretrainOptions,
+    RunOptions,
+    TrainingOptions,
+    flags_of,
+)
 from beyond.pretraining import Blocks
 from beyond.run import TrainingRun, start_run
 from beyond.runtime import Runtime
@@ -712,6 +719,7 @@ def arguments(rng: random.Random, inputs: Sequence[str], outputs: Sequence[str])
     ints = ["-1", "0", "1", "3", "7", "99999999999999999999", "1" + "0" * 400, "9" * 5000, "1_0"]
     floats = ["0", "-0.0", "1e-320", "0.5", "1", "1e38", "1e39", "1e300", "inf", "nan", "x", ""]
     numbers = {"max_sentence_len": ints, "seed": ints, "max_new_tokens": ["1", "3"], "top_k": ints}
+    numbers |= {"threads": ["1", *ints]}
     numbers |= {"num_samples": ["0", "1", "2"], "epochs": ["0", "1"], "batch_size": ints, "x": ints}
     numbers |= dict.fromkeys(("dropout", "temperature", "top_p", "lr"), floats)
     numbers |= dict.fromkeys(("dim", "n_layers", "n_heads", "n_kv_heads"), ["1", "2", "8", "-1"])
@@ -723,14 +731,15 @@ def arguments(rng: random.Random, inputs: Sequence[str], outputs: Sequence[str])
     words |= {"seeds": rng.choice(("1,2", "1", "1,,2")), "save_every": rng.choice(("1", "0"))}
     words |= {"micro_batch_size": rng.choice(("1", "3", "-1"))}
     files = ["pretrained-model-path", "tokenizer_path", "train", "dev", "test", "label-names"]
+    files += ["input"]
     words |= {name: rng.choice(inputs) for name in files}
     files = ["generated_sentence_low_temp_out", "generated_sentence_high_temp_out", "dev_out"]
-    words |= {name: rng.choice(outputs) for name in (*files, "test_out", "filepath")}
+    words |= {name: rng.choice(outputs) for name in (*files, "test_out", "filepath", "output")}
     switches = ["causal", "no-causal", "stop_at_eos", "stream", "use_gpu", "caus", "", "compile "]
-    switches += ["resume", "deterministic", "compile"]
+    switches += ["resume", "deterministic", "compile", "json"]
     argv = []
     if rng.random() < 0.8:
-        argv += ["--option", rng.choice(("generate", "prompt", "prompt", "finetune", "pretrain"))]
+        argv += ["--option", rng.choice(("prompt", *TASKS))]
     known = flags_of(TASKS[task_of(argv)])
     own = [name for name in (*words, *switches) if flag_name(name) in {*known, "no_causal"}]
     for _ in range(rng.choice((0, 1, 1, 2, 4))):
@@ -769,7 +778,8 @@ def argument_words(rng: random.Random) -> Case:
         except SystemExit as stop:
             assert not stop.code and {"-h", "--help"} & set(argv)
         else:
-            assert options.input_files and options.output_files
+            assert options.input_files
+            assert options.output_files or isinstance(options, ClassifyOptions)
             assert not isinstance(options, TrainingOptions) or options.epochs >= 1
 
     return Case(run)
@@ -777,7 +787,7 @@ def argument_words(rng: random.Random) -> Case:
 
 def whole_run(rng: random.Random) -> Case:
     """A whole run on a tiny model, with odd flags and at times an odd file."""
-    for name in ("model.pt", "tokenizer.model", "cfimdb-dev.txt"):
+    for name in ("model.pt", "tokenizer.model", "cfimdb-dev.txt", "classifier.pt"):
         put(name, SAMPLES.files[name])
     Path("data").mkdir()
     for split in ("train", "dev", "test"):
@@ -800,6 +810,10 @@ def whole_run(rng: random.Random) -> Case:
     task = task_of(argv)
     argv += ["--max_new_tokens", "2"] if task == "generate" else []
     argv += ["--epochs", "1"] if task in ("finetune", "pretrain") else []
+    if task == "classify" and rng.random() < 0.9:
+        put("odd-classifier.pt", mutate(rng, SAMPLES.files["classifier.pt"]))
+        names = ("classifier.pt", "classifier.pt", "odd-classifier.pt", "model.pt")
+        argv += ["--filepath", rng.choice(names)]
     for flag, name in (("--dev", "odd.txt"), ("--label-names", "odd.json")):
         if rng.random() < (0.3 if flag_name(flag) in flags_of(TASKS[task]) else 0.03):
             argv += [flag, name]
@@ -896,13 +910,15 @@ def make_samples(folder: Path) -> None:
     save_llama(make_llama(causal=True, dim=12, **shape), folder / "narrow.pt")
     llama = make_llama(causal=True, dim=16, **shape)
     save_llama(llama, folder / "model.pt")
-    model = LlamaEmbeddingClassifier(ClassifierConfig(2, "", 0.3, "finetune"), llama)
-    write_checkpoint(folder / "classifier.pt", model.to_checkpoint())
     with tempfile.TemporaryDirectory() as elsewhere, contextlib.chdir(elsewhere):
         train(resume=False, steps=4)
         shutil.copy("run.pt.state", folder)
     (folder / "cfimdb-dev.txt").write_text("\n".join(SENTENCES) + "\n")
     train_tokenizer([folder / "cfimdb-dev.txt"], VOCAB_SIZE, folder / "tokenizer.model")
+    tokenizer = Tokenizer(tokenizer_model=folder / "tokenizer.model")
+    config = ClassifierConfig(2, "", 0.3, "finetune")
+    model = LlamaEmbeddingClassifier(config, llama, ["bad", "good"], tokenizer)
+    write_checkpoint(folder / "classifier.pt", model.to_checkpoint())
     for parameter in llama.parameters():
         parameter.data *= 1e30  # finite, but nothing that is computed with it
     save_llama(llama, folder / "vast.pt")
