@@ -35,13 +35,13 @@ from beyond.classify import classify
 from beyond.command_line import get_args
 from beyond.decoding import prepare_for_decoding
 from beyond.generation import DIVIDER, generate_texts, prepare_to_generate, read_prompt
-from beyond.logs import log_confusion, log_evaluation
 from beyond.options import FinetuneOptions, GenerateOptions, Options, PromptOptions
 from beyond.pretraining import pretrain
 from beyond.processes import broadcast_object, exit_program, gather, is_main_process
 from beyond.program import run_program
 from beyond.records import record_classifier, record_finetuning, record_predictions, write_record
-from beyond.run import remove_training_checkpoint, start_run
+from beyond.reports import report_epoch, report_results
+from beyond.run import TrainingRun, remove_training_checkpoint, start_run
 from beyond.runtime import Runtime, load_model, prepare_model, to_device
 from beyond.seeds import run_seeds
 from classifier import (
@@ -59,6 +59,7 @@ from utils import (
     accuracy,
     confusion_matrix,
     macro_f1,
+    mean_loss,
     open_atomically,
     parse_example,
     read_label_names,
@@ -205,33 +206,29 @@ def model_eval(
     """
     was_training = model.training
     model.eval()
-    # Label and confidence by line, since batches need not have the file's order.
-    predicted: dict[int, tuple[int, float]] = {}
-    finite, num_labels = True, 0
+    # Prediction and log-probabilities by line, since batches need not have the file's order.
+    predicted: dict[int, tuple[int, list[float]]] = {}
     try:
         for batch in shard_batches(dataloader):
             scores = model(to_device(batch.tokens, device), to_device(batch.lengths, device))
-            finite, num_labels = finite and bool(scores.isfinite().all()), scores.shape[1]
-            confidences = scores.softmax(dim=-1).amax(dim=-1)
-            pairs = zip(scores.argmax(dim=-1).tolist(), confidences.tolist(), strict=True)
-            predicted.update(zip(batch.lines, pairs, strict=True))
+            rows = scores.argmax(dim=-1).tolist(), scores.float().log_softmax(dim=-1).tolist()
+            predicted.update(zip(batch.lines, zip(*rows, strict=True), strict=True))
     finally:
         model.train(was_training)
-    for others, others_finite, others_num_labels in gather((predicted, finite, num_labels)):
+    for others in gather(predicted):
         predicted |= others
-        finite, num_labels = finite and others_finite, max(num_labels, others_num_labels)
-    if not finite:
+    examples = dataloader.dataset.examples  # type: ignore[attr-defined]
+    predictions = [predicted[example.line][0] for example in examples]
+    log_probs = [predicted[example.line][1] for example in examples]
+    if not all(math.isfinite(log_prob) for row in log_probs for log_prob in row):
         raise ValueError(
             "the model's scores are infinite or NaN; if it was trained, try a lower --lr"
         )
-    examples = dataloader.dataset.examples  # type: ignore[attr-defined]
-    predictions = [predicted[example.line][0] for example in examples]
-    confidences = [predicted[example.line][1] for example in examples]
     labels = [example.label for example in examples]
     sentences = [example.sentence for example in examples]
-    confusion = confusion_matrix(predictions, labels, num_labels)
-    acc, f1 = accuracy(confusion), macro_f1(confusion)
-    return Evaluation(acc, f1, predictions, confidences, labels, sentences, confusion)
+    confusion = confusion_matrix(predictions, labels, num_labels=len(log_probs[0]))
+    acc, f1, loss = accuracy(confusion), macro_f1(confusion), mean_loss(log_probs, labels)
+    return Evaluation(acc, f1, predictions, labels, sentences, confusion, log_probs, loss)
 
 
 def save_model(model: LlamaEmbeddingClassifier, filepath: str | Path) -> None:
@@ -325,10 +322,12 @@ def finetune(options: FinetuneOptions) -> tuple[float, float]:
     path, dropout = str(options.pretrained_model_path), options.hidden_dropout_prob
     config = ClassifierConfig(len(label_names), path, dropout, option="finetune")
     model = LlamaEmbeddingClassifier(config, llama, label_names, tokenizer)
-    train(options, prepare_model(model, runtime, options.compile), data, label_names, runtime)
-    accuracies = test(options, data, runtime)
+    model = prepare_model(model, runtime, options.compile)
+    run = train(options, model, data, label_names, runtime)
+    results = test(options, data, runtime)
+    report_results(run, results, options.output_files)
     remove_training_checkpoint(options.run.training_checkpoint)
-    return accuracies
+    return results["dev"].accuracy, results["test"].accuracy
 
 
 def train(
@@ -337,7 +336,7 @@ def train(
     data: Mapping[str, LlamaDataset],
     label_names: Sequence[str],
     runtime: Runtime,
-) -> None:
+) -> TrainingRun[Batch]:
     """Train all epochs; write the epoch that is best on dev to `options.filepath`."""
     train_data, dev_data = data["train"], data["dev"]
     optimizer = AdamW(model.parameters(), lr=options.lr)
@@ -359,12 +358,12 @@ def train(
             if run.is_best(dev_result.accuracy):
                 save_model(model, options.filepath)
                 record_classifier(options.filepath, epoch, dev_result, runtime.record)
-                log_confusion(run.writer, epoch, dev_result.confusion, label_names)
             print(
                 f"epoch {epoch}: train loss :: {totals.loss / len(train_data):.3f}, "
                 f"train acc :: {train_result.accuracy:.3f}, dev acc :: {dev_result.accuracy:.3f}"
             )
-            log_evaluation(run.writer, epoch, train_result, dev_result)
+            report_epoch(run, train_result, dev_result, label_names)
+    return run
 
 
 def classification_loss(
@@ -376,15 +375,15 @@ def classification_loss(
 
 def test(
     options: FinetuneOptions, data: Mapping[str, LlamaDataset], runtime: Runtime
-) -> tuple[float, float]:
-    """Predict dev and test with the best checkpoint of the run; returns their accuracies."""
+) -> dict[str, Evaluation]:
+    """Predict dev and test with the best checkpoint of the run."""
     model = broadcast_object(lambda: load_classifier(options.filepath))
     print(f"load model from {options.filepath}")
     model = prepare_model(model, runtime, options.compile)
     files = options.prediction_files
     results = predict(model, data, options.batch_size, files, runtime.device)
     record_finetuning(options, results, model.label_names, runtime.record)
-    return results["dev"].accuracy, results["test"].accuracy
+    return results
 
 
 def predict(

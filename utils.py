@@ -6,6 +6,7 @@ import errno
 import glob
 import hashlib
 import json
+import math
 import os
 import re
 import reprlib
@@ -317,10 +318,17 @@ class Evaluation(NamedTuple):
     accuracy: float  # in [0, 1], over the examples with a gold label; NaN if none has one
     macro_f1: float  # likewise
     predictions: list[int]
-    confidences: list[float]  # the probabilities of the predicted labels, in [0, 1]
     labels: list[int]
     sentences: list[str]
     confusion: list[list[int]]  # row: gold label, column: predicted label
+    log_probs: list[list[float]]  # of each label, for each example
+    loss: float  # mean negative log-likelihood of the gold labels; NaN if there is none
+
+    @property
+    def confidences(self) -> list[float]:
+        """The probabilities of the predicted labels, in [0, 1]."""
+        pairs = zip(self.predictions, self.log_probs, strict=True)
+        return [math.exp(row[prediction]) for prediction, row in pairs]
 
 
 def confusion_matrix(
@@ -344,15 +352,38 @@ def accuracy(confusion: Sequence[Sequence[int]]) -> float:
     return correct / total if total else float("nan")
 
 
-def macro_f1(confusion: Sequence[Sequence[int]]) -> float:
-    """Return the unweighted mean over classes of F1 = 2 TP / (2 TP + FP + FN), in [0, 1].
+def f1_scores(confusion: Sequence[Sequence[int]]) -> list[float]:
+    """Return F1 = 2 TP / (2 TP + FP + FN) of each class, in [0, 1].
 
-    Equals scikit-learn's `f1_score(average="macro", zero_division=0)`: a class counts if it occurs
-    as a label or as a prediction. NaN without a prediction.
+    NaN for a class that occurs neither as a label nor as a prediction.
     """
     scores = []
     for label, row in enumerate(confusion):
         occurrences = sum(row) + sum(other[label] for other in confusion)  # 2 TP + FP + FN
-        if occurrences:
-            scores.append(2 * row[label] / occurrences)
+        scores.append(2 * row[label] / occurrences if occurrences else float("nan"))
+    return scores
+
+
+def macro_f1(confusion: Sequence[Sequence[int]]) -> float:
+    """Return the unweighted mean of the classes' F1, in [0, 1].
+
+    Equals scikit-learn's `f1_score(average="macro", zero_division=0)`: a class counts if it occurs
+    as a label or as a prediction. NaN without a prediction.
+    """
+    scores = [score for score in f1_scores(confusion) if not math.isnan(score)]
     return sum(scores) / len(scores) if scores else float("nan")
+
+
+def mean_loss(log_probs: Sequence[Sequence[float]], labels: Sequence[int]) -> float:
+    """Return the mean negative log-likelihood of the labels, in nats.
+
+    Args:
+        log_probs: of each label, for each example.
+        labels: a negative one means that no gold label is known; such examples are not counted.
+
+    Returns:
+        The mean; NaN without a gold label.
+    """
+    pairs = zip(log_probs, labels, strict=True)
+    losses = [-row[label] for row, label in pairs if label >= 0]
+    return math.fsum(losses) / len(losses) if losses else float("nan")

@@ -10,7 +10,7 @@ Conventions: losses are means over predicted tokens, in nats; perplexity is exp(
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,9 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beyond.batches import shard_batches
+from beyond.logs import write_completion
 from beyond.options import PretrainOptions
 from beyond.processes import gather, is_main_process
 from beyond.records import write_record
+from beyond.reports import escape_markdown, print_epoch_end, print_summary
 from beyond.run import TrainingRun, remove_training_checkpoint, start_run
 from beyond.runtime import Runtime, load_model, prepare_model, resolve_runtime, to_device
 from config import LlamaConfig
@@ -37,6 +39,7 @@ MAX_GRAD_NORM = 1.0
 # Touvron et al. 2023, arXiv:2307.09288, section 2.2, for these two.
 BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.1  # of matrices; RMSNorm's gains do not decay
+SAMPLE_TOKENS = 60  # of the text that is sampled after each epoch
 MAX_LOGITS = 1 << 24  # logits that are computed at a time: 64 MiB in float32
 
 
@@ -49,6 +52,7 @@ def pretrain(options: PretrainOptions) -> None:
     )
     block_size = llama.config.max_seq_len
     dev_blocks = pack(dev_documents, block_size, "--dev")
+    tokens_per_byte = count_tokens_per_byte(dev_documents, tokenizer)
     copy_tokenizer(options.tokenizer_path, options.filepath)
     model = prepare_model(NextTokenLoss(llama), runtime, options.compile)
     make_loader = partial(BlockLoader, train_documents, block_size)
@@ -66,14 +70,18 @@ def pretrain(options: PretrainOptions) -> None:
                 f"epoch {epoch}: train loss :: {train_loss:.3f}, dev loss :: {dev_loss:.3f}, "
                 f"dev perplexity :: {perplexity:.2f}, tokens/s :: {speed:.0f}"
             )
-            run.writer.add_scalar("loss/dev", dev_loss, epoch)
-            run.writer.add_scalar("perplexity/dev", perplexity, epoch)
-            run.writer.flush()
             if run.is_best(-dev_loss):
                 if is_main_process():
                     llama.save_pretrained(options.filepath, getattr(torch, options.store_dtype))
                 print(f"save the model to {options.filepath}")
                 write_record(options.filepath, runtime.record, epoch=epoch, dev_loss=dev_loss)
+            scores = {
+                "loss": dev_loss,
+                "perplexity": perplexity,
+                "bits_per_byte": dev_loss / math.log(2) * tokens_per_byte,
+            }
+            report_epoch(run, scores, llama, tokenizer, runtime)
+    report_result(run, tokens_per_byte, options)
     remove_training_checkpoint(options.run.training_checkpoint)
 
 
@@ -86,9 +94,9 @@ def train_epoch(run: "TrainingRun[Blocks]", peak_lr: float) -> float:
             group["lr"] = learning_rate(run.step, total_steps, peak_lr)
         run.optimizer.zero_grad()
         loss = run.backward(sum_of_losses, batch, divisor=batch.num_tokens)
-        torch.nn.utils.clip_grad_norm_(run.model.parameters(), MAX_GRAD_NORM)
+        gradient_norm = nn.utils.clip_grad_norm_(run.model.parameters(), MAX_GRAD_NORM)
         run.optimizer.step()
-        run.log(loss)
+        run.log(loss, gradient_norm)  # the norm before clipping
         tokens += batch.num_tokens
     run.epoch_totals()  # waits for the device
     return tokens / (time.perf_counter() - start)
@@ -97,6 +105,70 @@ def train_epoch(run: "TrainingRun[Blocks]", peak_lr: float) -> float:
 def sum_of_losses(model: nn.Module, blocks: Tensor) -> Tensor:
     """Return the sum of the losses of all tokens but each block's first."""
     return model(blocks)
+
+
+# ---------------------------------------------------------------------------------------- reports
+
+
+def report_epoch(
+    run: "TrainingRun[Blocks]",
+    scores: Mapping[str, float],
+    llama: Llama,
+    tokenizer: Tokenizer,
+    runtime: Runtime,
+) -> None:
+    """Write an epoch's scores on dev and a sample text to TensorBoard; print how long it took."""
+    if is_main_process():
+        dev, step = run.writers.dev, run.step
+        for tag, score in scores.items():
+            dev.add_scalar(tag, score, step)
+        if run.is_best_epoch:
+            dev.add_scalar("result/dev_loss", scores["loss"], step)
+        text = sample_text(llama, tokenizer, runtime, run.options.seed)
+        dev.add_text("sample", escape_markdown(text), step)
+        run.writers.flush()
+    print_epoch_end(run)
+
+
+def report_result(
+    run: "TrainingRun[Blocks]", tokens_per_byte: float, options: PretrainOptions
+) -> None:
+    """Tell TensorBoard that the run is complete, and print a table of its results."""
+    with run.logging() as writers:
+        write_completion(writers, run.options.hyperparameters)
+    if run.best is not None:
+        loss = -run.best
+        scores = (
+            f"loss {loss:.3f}, perplexity {math.exp(loss):.2f}, "
+            f"bits per byte {loss / math.log(2) * tokens_per_byte:.3f}"
+        )
+        print_summary(run, [("dev", scores)], options.output_files)
+
+
+def count_tokens_per_byte(documents: Sequence[Tensor], tokenizer: Tokenizer) -> float:
+    """Return the ratio of predicted tokens to bytes of text in UTF-8.
+
+    It turns a loss per token into one per byte, so that models with different tokenizers can be
+    compared. All tokens but the first are predicted, also the BOS between two documents.
+    """
+    num_bytes = sum(len(tokenizer.decode(tokens.tolist()).encode()) for tokens in documents)
+    return (sum(map(len, documents)) - 1) / max(1, num_bytes)
+
+
+@torch.inference_mode()
+def sample_text(llama: Llama, tokenizer: Tokenizer, runtime: Runtime, seed: int) -> str:
+    """Return the beginning of a document that the model makes up, sampled at temperature 1.
+
+    The random numbers come from a generator of their own, so training does not change.
+    """
+    device = llama.output.weight.device
+    generator = torch.Generator(device).manual_seed(seed)
+    context = torch.tensor([[tokenizer.bos_id]], device=device)
+    with runtime.autocast():
+        tokens = llama.generate(context, SAMPLE_TOKENS, generator=generator)[0, 1:].tolist()
+    if tokenizer.bos_id in tokens:  # where the next document begins
+        tokens = tokens[: tokens.index(tokenizer.bos_id)]
+    return tokenizer.decode(tokens)
 
 
 # ------------------------------------------------------------------------------------------ model

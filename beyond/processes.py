@@ -148,6 +148,6 @@ def backward_in_micro_batches(
     return total
 
 
-def progress[T](batches: Iterable[T], **options: Any) -> Iterable[T]:
-    """Show a progress bar on standard error, in the main process."""
+def progress(batches: Iterable[Any], **options: Any) -> tqdm:
+    """Return the batches with a progress bar on standard error, in the main process."""
     return tqdm(batches, leave=False, disable=not is_main_process(), **options)

@@ -12,6 +12,7 @@ from beyond.command_line import check_files, say
 from beyond.interrupts import Interrupted, signals_raise
 from beyond.options import DataOptions, FinetuneOptions, Options, TrainingOptions
 from beyond.processes import end_processes, is_lost_process, is_main_process, start_processes
+from beyond.reports import print_next_commands
 from beyond.runtime import is_compiler_error, is_out_of_memory, require_determinism, resolve_device
 from utils import describe_error, lock_results
 
@@ -37,6 +38,7 @@ def run_program(get_options: Callable[[], Options], task: Callable[[Options], No
             options = get_options()
             with started(options):
                 task(options)
+                print_next_commands(options)
             end_processes()
         except Interrupted as interrupt:
             if is_main_process():

@@ -6,13 +6,14 @@ Its training checkpoint lies beside its result, in `<filepath>.state`. It is wri
 
 import itertools
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,14 @@ from torch.optim import Optimizer
 from base_llama import is_dense_float, load_safely, write_checkpoint
 from beyond.batches import Loader, TrainingBatch
 from beyond.interrupts import Interrupted, signals_wait, stop_if_asked
-from beyond.logs import EpochTotals, StepLog, StepLoss, open_writer
+from beyond.logs import (
+    EpochTotals,
+    RunWriters,
+    StepLog,
+    StepLoss,
+    open_writers,
+    write_hyperparameters,
+)
 from beyond.options import RunOptions
 from beyond.processes import (
     backward_in_micro_batches,
@@ -34,9 +42,6 @@ from beyond.processes import (
 )
 from beyond.runtime import Runtime, ThreadWatch
 from utils import LARGEST_INT, fingerprint, remove_leftovers
-
-if TYPE_CHECKING:  # importing it takes a second
-    from torch.utils.tensorboard import SummaryWriter
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,8 @@ class TrainingRun[B: TrainingBatch]:
     Attributes:
         position: how far the run has come.
         best: the best score so far, or None.
+        best_epoch: the epoch that has it, or None.
+        started, epoch_started: when this process began the run and its current epoch, in seconds.
     """
 
     def __init__(
@@ -84,6 +91,8 @@ class TrainingRun[B: TrainingBatch]:
         self.options = options
         self.position = Position()
         self.best: float | None = None
+        self.best_epoch: int | None = None
+        self.started = self.epoch_started = time.perf_counter()
         self.step_log = StepLog()
         on_cpu = next(model.parameters()).device.type == "cpu"
         self.thread_watch = ThreadWatch(enabled=on_cpu and is_main_process())
@@ -97,20 +106,50 @@ class TrainingRun[B: TrainingBatch]:
         """The number of steps that are done in all epochs."""
         return self.position.epoch * len(self.loader) + self.position.step
 
+    @property
+    def log_folder(self) -> Path:
+        """The folder of this run's TensorBoard files."""
+        return self.options.log_folder / self.log_name
+
     @cached_property
-    def writer(self) -> "SummaryWriter":
-        """TensorBoard's writer; opened at its first use, which comes after resuming."""
-        folder = self.options.log_folder / self.log_name
-        return open_writer(folder, self.options.hyperparameters, self.step)
+    def writers(self) -> RunWriters:
+        """TensorBoard's writers; opened at their first use, which comes after resuming."""
+        # The evaluation after an epoch's last step is repeated if the run was saved before it.
+        is_before_evaluation = self.position.step == len(self.loader)
+        first_dev_step = self.step if is_before_evaluation else self.step + 1
+        return open_writers(self.log_folder, self.step + 1, first_dev_step)
+
+    @property
+    def is_best_epoch(self) -> bool:
+        """Whether the current epoch is the best so far."""
+        return self.best_epoch == self.position.epoch
+
+    @property
+    def best_step(self) -> int:
+        """The number of steps at the end of the best epoch, or so far if that is not known."""
+        return self.step if self.best_epoch is None else (self.best_epoch + 1) * len(self.loader)
+
+    @contextmanager
+    def logging(self) -> Iterator[RunWriters]:
+        """Open TensorBoard's writers, and close them at the end of the block.
+
+        Signals wait in the block, since they would disturb the writers.
+        """
+        with signals_wait(), closing(self.writers):
+            try:
+                yield self.writers
+            finally:
+                vars(self).pop("writers", None)
 
     def epochs(self) -> Iterator[int]:
         """Yield the epochs that are still to do, from the current one on."""
         while self.position.epoch < self.options.epochs:
+            self.epoch_started = time.perf_counter()
             yield self.position.epoch
             self.position = Position(self.position.epoch + 1)
             self.epoch_start_generator_state = self.generator.get_state()
             self.random_state = None
-            self.step_log.write(self.writer)
+            self.step_log.write(self.writers.train)
             self.step_log.start_epoch()
             if self.options.save_every is None or self.position.epoch == self.options.epochs:
                 self.save()
@@ -136,6 +175,8 @@ class TrainingRun[B: TrainingBatch]:
         bar = progress(batches, desc=f"train-{epoch}", total=len(self.loader), initial=done)
         for batch in bar:
             yield batch
+            if self.step_log.last_loss is not None:
+                bar.set_postfix_str(f"loss {self.step_log.last_loss:.3f}", refresh=False)
             self.position = Position(epoch, self.position.step + 1)
             self.thread_watch.step()
             if self.options.save_every and self.step % self.options.save_every == 0:
@@ -165,15 +206,23 @@ class TrainingRun[B: TrainingBatch]:
         )
         return StepLoss(value, divisor, batch)
 
-    def log(self, loss: StepLoss) -> None:
+    def log(self, loss: StepLoss, gradient_norm: Tensor | None = None) -> None:
         """Write the loss of a step to TensorBoard, and add it to the epoch's loss.
+
+        Args:
+            loss: as `backward` returned it.
+            gradient_norm: of all parameters together; computed here unless given.
 
         Raises:
             ValueError: one of the last losses is infinite or NaN.
         """
-        self.step_log.add(self.step, loss, self.optimizer.param_groups[0]["lr"])
+        if gradient_norm is None and is_main_process():
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            gradient_norm = nn.utils.get_total_norm(gradients)
+        rate = self.optimizer.param_groups[0]["lr"]
+        self.step_log.add(self.step, loss, rate, gradient_norm)
         if self.step_log.is_full():
-            self.step_log.write(self.writer)
+            self.step_log.write(self.writers.train)
 
     def epoch_totals(self) -> EpochTotals:
         """Return the sums over the steps of this epoch.
@@ -181,14 +230,14 @@ class TrainingRun[B: TrainingBatch]:
         Raises:
             ValueError: one of the last losses is infinite or NaN.
         """
-        self.step_log.write(self.writer)
+        self.step_log.write(self.writers.train)
         return self.step_log.totals
 
     def is_best(self, score: float) -> bool:
         """Return whether an epoch's score is the highest so far, and remember it if it is."""
         if self.best is not None and score <= self.best:
             return False
-        self.best = score
+        self.best, self.best_epoch = score, self.position.epoch
         return True
 
     def save(self) -> None:
@@ -197,7 +246,7 @@ class TrainingRun[B: TrainingBatch]:
         Raises:
             ValueError: a loss or a weight is infinite or NaN; the last good checkpoint stays.
         """
-        self.step_log.write(self.writer)
+        self.step_log.write(self.writers.train)
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             raise ValueError(
                 f"step {self.step - 1}: made weights that are infinite or NaN; try a lower --lr"
@@ -212,6 +261,7 @@ class TrainingRun[B: TrainingBatch]:
             "hyperparameters": dict(self.options.hyperparameters),
             "position": asdict(self.position),
             "best": self.best,
+            "best_epoch": self.best_epoch,
             "totals": asdict(self.step_log.totals),
             "order": self.epoch_start_generator_state,
             "random": gather(self.random_state or get_random_state()),  # by rank
@@ -232,6 +282,10 @@ class TrainingRun[B: TrainingBatch]:
         self.best = None if state["best"] is None else float(state["best"])
         if self.best is not None and is_main_process() and not Path(self.options.filepath).exists():
             raise ValueError(f"{self.options.filepath}, the best epoch's result, is missing")
+        # An earlier version did not save it.
+        self.best_epoch = None if state["best_epoch"] is None else int(state["best_epoch"])
+        if self.best_epoch is not None and not 0 <= self.best_epoch <= self.position.epoch:
+            raise ValueError(f"epoch {self.best_epoch} cannot be the best one so far")
         self.epoch_start_generator_state = state["order"]
         self.generator.set_state(self.epoch_start_generator_state)
         # None if the saved run had fewer processes: this one keeps its own random state.
@@ -279,7 +333,8 @@ def start_run[B: TrainingBatch](
     run = TrainingRun(model, optimizer, loader, generator, replace(options, hyperparameters=known))
     if options.resume:
         resume(run)
-    with signals_wait(), closing(run.writer):
+    with run.logging() as writers:
+        write_hyperparameters(writers, known)
         try:
             yield run
         except Interrupted:

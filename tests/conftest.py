@@ -1,5 +1,6 @@
 """Small real files that the tests share: a tokenizer, checkpoints, and a data set."""
 
+import os
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,10 +32,14 @@ SHAPE = {"dim": 48, "n_layers": 2, "n_heads": 6, "n_kv_heads": 3, "max_seq_len":
 
 
 def pytest_configure() -> None:
-    """Let SIGINT interrupt, also if the suite is started in the background of a script.
+    """Use one thread, and let SIGINT interrupt.
 
-    There the shell has it ignored, which processes that the tests start would inherit.
+    The models of the tests are so small that a second thread only costs time. If the suite is
+    started in the background of a script, the shell has SIGINT ignored, and processes that the
+    tests start would inherit that.
     """
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -279,22 +279,31 @@ def test_finetune_writes_tensorboard_events(
     status, out, _ = run(FINETUNE, capsys)
     (folder,) = [path for path in Path("output/task_3").iterdir() if path.is_dir()]
     assert re.fullmatch(r"cfimdb-finetune-2-0\.001-\d{8}-\d{6}", folder.name)
-    events = EventAccumulator(str(folder)).Reload()
-    for name in ("loss", "learning_rate", "tokens_per_second"):
-        points = events.Scalars(f"step/{name}")
-        assert [point.step for point in points] == list(range(6))  # 2 epochs of 3 batches
+    train, dev = (EventAccumulator(str(folder / name)).Reload() for name in ("train", "dev"))
+    for name in ("loss", "learning_rate", "gradient_norm", "tokens_per_second", "peak_memory"):
+        points = train.Scalars(name)
+        assert [point.step for point in points] == [1, 2, 3, 4, 5, 6]  # 2 epochs of 3 batches
         assert all(point.value > 0 for point in points)
-    for split in ("train", "dev"):
-        logged = [f"{point.value:.3f}" for point in events.Scalars(f"accuracy/{split}")]
+    for split, events in (("train", train), ("dev", dev)):
+        points = events.Scalars("accuracy")
+        assert [point.step for point in points] == [3, 6]
+        logged = [f"{point.value:.3f}" for point in points]
         assert logged == re.findall(rf"{split} acc :: (.{{5}})", out)[: len(logged)]
-        assert len(events.Scalars(f"macro_f1/{split}")) == 2
-    tensors = {tag: events.Tensors(tag) for tag in events.Tags()["tensors"]}
-    text = {tag: [t.tensor_proto.string_val[0].decode() for t in ts] for tag, ts in tensors.items()}
-    assert "| lr | `0.001` |" in text["settings/text_summary"][0]
-    confusion = text["dev confusion (best epoch)/text_summary"][-1]
-    counts = [int(n) for row in confusion.splitlines()[4:] for n in row.split("|")[2:4]]
-    best = max(float(x) for x in re.findall(r"train acc :: .{5}, dev acc :: (.{5})", out))
-    assert sum(counts) == 8 and counts[0] + counts[3] == round(best * 8)
+        assert [point.step for point in events.Scalars("macro_f1")] == [3, 6]
+    curves = set(dev.Tags()["scalars"]) - {"accuracy", "macro_f1"}
+    results = {f"result/{name}" for name in ("dev_accuracy", "test_accuracy", "test_macro_f1")}
+    assert curves == {"loss", "f1/bad", "f1/good", *results}
+    assert [point.step for point in dev.Scalars("loss")] == [3, 6]
+    assert all(0.1 < point.value < 5 for point in dev.Scalars("loss"))
+    best = max(re.findall(r"train acc :: .{5}, dev acc :: (.{5})", out))
+    assert f"{dev.Scalars('result/dev_accuracy')[-1].value:.3f}" == best
+    (test_accuracy,) = dev.Scalars("result/test_accuracy")
+    assert f"test acc :: {test_accuracy.value:.3f}\n" in out
+    settings = train.Tensors("settings/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "| lr | `0.001` |" in settings
+    pictures = dev.Images("confusion")
+    assert [picture.step for picture in pictures] == [3, 6]
+    assert pictures[0].width > 100 and pictures[0].encoded_image_string.startswith(b"\x89PNG")
 
 
 def test_test_file_without_labels(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -175,7 +175,9 @@ def outcome(argv: Sequence[str], capsys: pytest.CaptureFixture[str]) -> dict[str
         patch.setattr(run_llama, "prepare_model", recording)
         status, out, err = run([*argv], capsys)
     assert status == 0, err
-    found = {"printed": re.sub("tokens/s.*", "", out), "scores": scores.hexdigest()}
+    # Without what depends on the time: speeds, seconds, and the names of curves.
+    printed = re.sub(r"tokens/s.*|^  (?:\d|time|curves).*", "", out, flags=re.MULTILINE)
+    found = {"printed": printed, "scores": scores.hexdigest()}
     for path in [*Path().glob("output/**/*.txt"), *Path().glob("out/**/*.pt")]:
         content = path.read_bytes()
         if path.suffix == ".pt":
@@ -186,6 +188,17 @@ def outcome(argv: Sequence[str], capsys: pytest.CaptureFixture[str]) -> dict[str
     return found
 
 
+OUTCOMES: dict[tuple[str, ...], dict[str, str]] = {}
+
+
+def base_outcome(argv: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    """Return the outcome of a run without further flags, which every repetition gives."""
+    if argv not in OUTCOMES:
+        OUTCOMES[argv] = outcome(argv, capsys)
+        assert outcome(argv, capsys) == OUTCOMES[argv]
+    return OUTCOMES[argv]
+
+
 @pytest.mark.parametrize(("task", "name"), CHANGES)
 def test_a_flag_changes_the_results(
     place: Path, capsys: pytest.CaptureFixture[str], task: str, name: str
@@ -194,8 +207,8 @@ def test_a_flag_changes_the_results(
     base, added = BASE[task], CHANGES[task, name]
     if "--dim" in added:
         base, added = [*base, *NEW], added[len(NEW) :]
-    first, changed, again = (outcome(argv, capsys) for argv in (base, [*base, *added], base))
-    assert first == again
+    first, changed = base_outcome(tuple(base), capsys), outcome([*base, *added], capsys)
+    first = {**first}
     if (task, name) != ("pretrain", "dev"):  # with one epoch, dev decides nothing
         del first["printed"], changed["printed"]
     assert first != changed

@@ -202,21 +202,24 @@ def test_bfloat16_computes_nearly_the_same(workplace: Path) -> None:
 def test_pretrain_writes_tensorboard_events(workplace: Path) -> None:
     assert main([*SCRATCH, "--filepath", "lm/model.pt"]) == 0
     (folder,) = [path for path in Path("lm").iterdir() if path.is_dir()]
-    events = EventAccumulator(str(folder)).Reload()
-    scalars = set(events.Tags()["scalars"])
-    assert scalars == {
-        "step/loss",
-        "step/learning_rate",
-        "step/tokens_per_second",
-        "loss/dev",
-        "perplexity/dev",
-    }
-    perplexities = [event.value for event in events.Scalars("perplexity/dev")]
-    losses = [event.value for event in events.Scalars("loss/dev")]
+    train, dev = (EventAccumulator(str(folder / name)).Reload() for name in ("train", "dev"))
+    curves = {"loss", "learning_rate", "gradient_norm", "tokens_per_second", "peak_memory"}
+    assert set(train.Tags()["scalars"]) == curves
+    steps = [event.step for event in train.Scalars("loss")]
+    assert steps == list(range(1, len(steps) + 1))
+    scores = {"loss", "perplexity", "bits_per_byte", "result/dev_loss"}
+    assert set(dev.Tags()["scalars"]) == scores
+    perplexities = [event.value for event in dev.Scalars("perplexity")]
+    losses = [event.value for event in dev.Scalars("loss")]
+    assert dev.Scalars("loss")[-1].step == len(steps)
+    assert dev.Scalars("result/dev_loss")[-1].value == min(losses)
     assert perplexities == pytest.approx([math.exp(loss) for loss in losses], rel=1e-5)
-    rates = [event.value for event in events.Scalars("step/learning_rate")]
+    rates = [event.value for event in train.Scalars("learning_rate")]
     assert max(rates) == pytest.approx(1e-3)
-    settings = events.Tensors("settings/text_summary")[0].tensor_proto.string_val[0].decode()
+    texts = dev.Tensors("sample/text_summary")
+    assert [text.step for text in texts] == [event.step for event in dev.Scalars("loss")]
+    assert all(text.tensor_proto.string_val[0] for text in texts)
+    settings = train.Tensors("settings/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "| n_kv_heads | `2` |" in settings and "| mode | `causal` |" in settings
 
 

@@ -239,7 +239,9 @@ def test_results_and_records_are_locked(workplace: Path) -> None:
 
 def test_a_table_has_gold_prediction_probability_and_sentence(tmp_path: Path) -> None:
     sentences = ["a\tb", "c\\d\r", "映画"]
-    result = Evaluation(1.0, 1.0, [0, 1, 1], [0.5, 0.99996, 0.75], [0, -1, 0], sentences, [])
+    probabilities = [[0.5, 0.5], [0.00004, 0.99996], [0.25, 0.75]]
+    log_probs = [[math.log(p) for p in row] for row in probabilities]
+    result = Evaluation(1.0, 1.0, [0, 1, 1], [0, -1, 0], sentences, [], log_probs, 0.7)
     write_table(tmp_path / "x.tsv", result, ["bad", "very\tgood"])
     assert (tmp_path / "x.tsv").read_bytes().decode() == (
         "gold\tpredicted\tprobability\tsentence\n"

@@ -140,9 +140,11 @@ DAMAGES: dict[str, Callable[[State], Any]] = {
         **state,
         "random": [{**state["random"][0], "torch": torch.zeros(3)}],
     },
+    "best epoch in the future": lambda state: {**state, "best_epoch": 10**30},
+    "best epoch before the first": lambda state: {**state, "best_epoch": -1},
     "order": lambda state: {**state, "order": torch.zeros(7, dtype=torch.uint8)},
 }
-KEYS = "hyperparameters position best totals order random log model optimizer".split()
+KEYS = "hyperparameters position best best_epoch totals order random log model optimizer".split()
 DAMAGES |= {f"without {key}": partial(without, name=key) for key in KEYS}
 
 
@@ -184,9 +186,9 @@ def test_a_resumed_run_goes_on_in_its_own_curves(workplace: Path) -> None:
     assert interrupt(FINETUNE, 8) == 130
     assert main([*FINETUNE, "--resume"]) == 0
     (folder,) = [path for path in Path("out").iterdir() if path.is_dir()]
-    events = EventAccumulator(str(folder)).Reload()
-    assert [event.step for event in events.Scalars("step/loss")] == list(range(12))
-    assert [event.step for event in events.Scalars("accuracy/dev")] == [0, 1, 2, 3]
+    train, dev = (EventAccumulator(str(folder / name)).Reload() for name in ("train", "dev"))
+    assert [event.step for event in train.Scalars("loss")] == list(range(1, 13))
+    assert [event.step for event in dev.Scalars("accuracy")] == [3, 6, 9, 12]
 
 
 def test_a_loss_of_nan_keeps_the_last_good_training_checkpoint(
