@@ -9,6 +9,7 @@ Like `command_line.py`, this module imports neither PyTorch nor NumPy.
 
 import argparse
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
@@ -150,7 +151,7 @@ FILEPATH = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskOptions:
+class TaskOptions(ABC):
     """Options of every task."""
 
     option: str = flag("the task", "generate", choices=TASK_NAMES)
@@ -186,14 +187,14 @@ class TaskOptions:
     writes: ClassVar[tuple[str, ...]] = ()  # fields that name its results
 
     @property
+    @abstractmethod
     def checkpoint(self) -> str | None:
         """The checkpoint that the task starts from; None: a new model."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def input_files(self) -> tuple[str, ...]:
         """The files that the task reads."""
-        raise NotImplementedError
 
     @property
     def output_files(self) -> tuple[str, ...]:

@@ -195,11 +195,23 @@ def test_the_temperature_names_its_file(workplace: Path) -> None:
     assert outfiles(*named) == {0.0: f"{folder}-0.txt", 1.0: "x.txt"}
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "Été\nA warm film\n",
+        "\ufeffÉté\nA warm film",  # a byte-order mark
+        "Été\r\nA warm film\r\n",
+        "\ufeffÉté\rA warm film\r",
+    ],
+)
 def test_a_prompt_from_standard_input(
-    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    workplace: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    content: str,
 ) -> None:
-    stdin = io.TextIOWrapper(io.BytesIO("Été\nA warm film\n".encode()))
-    monkeypatch.setattr("sys.stdin", stdin)
+    """One text, whose line ends are those of any system."""
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
     (text,) = generate(["--temperature", "0", "--prompt", "-"], capsys)
     (named,) = generate(["--temperature", "0", "--prompt", "Été\nA warm film"], capsys)
     assert text == named and len(text) > len("Été\nA warm film")
