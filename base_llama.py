@@ -2,8 +2,8 @@
 
 A checkpoint is `{"model": state_dict, "model_args": {...}}`, tensors and plain values only. Besides
 this project's parameter names, this module reads those of llama2.c and of Meta's Llama, weights
-that were saved from a compiled model (prefix `_orig_mod.`), and weights that are stored in float16
-or bfloat16, which become float32.
+that were saved from a compiled model (prefix `_orig_mod.`), and weights that are stored in float16,
+bfloat16 or float64, which become float32.
 """
 
 import logging
@@ -86,7 +86,7 @@ def load_safely(path: str | Path) -> Any:
     if path.is_dir():
         raise ValueError(f"{path}: is a folder, expected a checkpoint file")
     try:
-        _check_stored_sizes(path)  # the last except adds the path to its ValueError
+        _check_stored_sizes(path)  # its ValueError has no path; the last except adds it
         # PyTorch warns about unusual files; real problems raise an error.
         with warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -95,7 +95,7 @@ def load_safely(path: str | Path) -> Any:
     except PermissionError:
         raise  # its message is clear; the errors below need the path and a reason
     except pickle.UnpicklingError:
-        found = _other_objects(path)
+        found = _refused_objects(path)
         reason = f"found {_join_first(found)}" if found else _describe(path)
         raise ValueError(
             f"{path}: expected tensors and plain values only ({reason}); nothing in it was run"
@@ -284,7 +284,7 @@ def _join_first(names: list[str], limit: int = 4) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def _other_objects(path: Path) -> list[str]:
+def _refused_objects(path: Path) -> list[str]:
     """Return the names of the classes and functions in a file that PyTorch refuses to load."""
     try:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))

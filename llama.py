@@ -5,13 +5,13 @@ section 2.2. Each class cites its own paper.
 
 Differs from the paper in:
 - reference mode (`LlamaConfig.causal` is False, the assignment's own): attention has no mask, so
-  every position attends to every other position of its row, padding included. Causal mode is the
+  every position attends to all positions of its row, padding included. Causal mode is the
   paper's;
 - the input embedding and the output projection share one matrix.
 
 Conventions:
 - rows of a batch are padded on the right;
-- every tensor is (batch, seq, ...) outside of attention;
+- hidden states are (batch, seq, dim);
 - "Faithful:" marks code that may look wrong but that published numbers depend on.
 """
 
@@ -100,7 +100,7 @@ class Attention(nn.Module):
         value = self.compute_value(x).unflatten(-1, head_shape)  # as key
         query, key = apply_rotary_emb(query, key, config.head_dim, config.max_seq_len)
         query, key, value = (t.transpose(1, 2) for t in (query, key, value))
-        # (batch, n_heads, seq, head_dim), as query
+        # output: (batch, n_heads, seq, head_dim)
         output = self.compute_query_key_value_scores(query, key, value)
         output = output.transpose(1, 2).flatten(-2)  # (batch, seq, dim)
         return self.resid_dropout(self.compute_output(output))
@@ -211,7 +211,7 @@ class Llama(LlamaPreTrainedModel):
             (batch, seq + max_new_tokens): the context and its continuation.
 
         Raises:
-            ValueError: an argument is out of bounds.
+            ValueError: an argument is out of bounds, or a logit is inf or NaN.
         """
         check_context(idx, max_new_tokens)
         was_training = self.training
@@ -258,7 +258,7 @@ def token_probabilities(logits: Tensor, temperature: float) -> Tensor:
     Raises ValueError if temperature is out of bounds, or a logit is inf or NaN.
     """
     if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature={temperature} must be finite and >= 0")
+        raise ValueError(f"temperature={temperature} must be finite and >= 0")  # 0 is the argmax
     # Subtract the maximum and use float64, so that dividing by a tiny temperature cannot overflow.
     logits = logits.double() - max_logits(logits)[0]
     return F.softmax(logits / temperature, dim=-1)
@@ -267,7 +267,7 @@ def token_probabilities(logits: Tensor, temperature: float) -> Tensor:
 def max_logits(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Return the highest logit and its token in each row of (batch, vocab), (batch, 1) each.
 
-    Raises ValueError if a logit is inf or NaN.
+    Raises ValueError if a logit is inf or NaN, or all of a row are -inf.
     """
     values, tokens = logits.max(dim=-1, keepdim=True)  # NaN if a logit of the row is NaN
     if not values.isfinite().all():

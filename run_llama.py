@@ -123,7 +123,7 @@ class LlamaDataset(Dataset[Example]):
     def loader(
         self, batch_size: int, generator: torch.Generator | None = None
     ) -> "DataLoader[Example]":
-        """Return batches in the file's order (grouped: by length); a generator shuffles them."""
+        """Return batches in file order, or by length if grouped; with a generator: shuffled."""
         if self.group_by_length:
             lengths = [len(example.tokens) for example in self.examples]
             sampler = LengthBatchSampler(lengths, batch_size, generator)
@@ -185,7 +185,8 @@ def load_data(
     for split, path in paths.items():
         is_test = split == "test"
         examples = create_data(path, tokenizer, num_labels, max_seq_len, suffix, is_test)
-        # Faithful: in reference mode a prediction depends on its batch, so the file's order stays.
+        # Faithful: in reference mode a prediction depends on its batch, so there evaluation keeps
+        # the file's order.
         data[split] = LlamaDataset(examples, tokenizer.pad_id, group_by_length=causal)
     return data
 
@@ -197,7 +198,7 @@ def load_data(
 def model_eval(
     dataloader: "DataLoader[Example]", model: nn.Module, device: torch.device
 ) -> Evaluation:
-    """Predict the label with the highest score for every example; the model's mode is unchanged.
+    """Predict the label with the highest score for every example; restores train or eval mode.
 
     Each of several processes predicts some of the batches, and all of them get the whole result.
 

@@ -6,7 +6,7 @@ Run as `uv run python sanity_check.py`; pytest collects it too.
   `sanity_check.data` (`uv run python data/download.py`) and is skipped without them.
 - The other two need no download: a fixture, which is a small model whose weights come from a
   formula, and the demo's checkpoint. Their expected values were computed in float64 by Hugging Face
-  transformers, for reference mode with its attention mask switched off
+  transformers (for reference mode, its attention mask was switched off)
   (`tests/test_sanity_check.py` computes them again).
 """
 

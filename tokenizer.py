@@ -24,7 +24,9 @@ from utils import (
 )
 
 DEFAULT_MODEL = "tokenizer.model"
-PAD_PIECE = "<0x00>"  # Faithful: Llama's model has no padding piece, so byte 0 serves (its id: 3)
+PAD_PIECE = (
+    "<0x00>"  # Faithful: Llama's model has no padding piece, so that of byte 0 (id 3) is used
+)
 
 
 class Tokenizer:
@@ -65,7 +67,7 @@ class Tokenizer:
             raise ValueError(f"{path}: not a SentencePiece model")
         try:
             self.sp_model = SentencePieceProcessor(model_proto=self.model_proto)
-        # UnicodeDecodeError: the error message quotes bytes of the file that are not UTF-8.
+        # UnicodeDecodeError: SentencePiece's message can quote bytes that are not UTF-8.
         except (RuntimeError, UnicodeDecodeError):
             raise ValueError(f"{path}: not a SentencePiece model") from None
         self.max_len = max_len

@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple, NoReturn
 
-LARGEST_INT = 2**31 - 1  # largest integer on the command line, except for seeds (int32)
+LARGEST_INT = 2**31 - 1  # int32; the upper limit of every integer flag except seeds
 SEPARATOR = " ||| "  # between label and sentence
 # What `flock` answers on a file system without locks.
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
@@ -138,7 +138,7 @@ def open_atomically(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 @contextmanager
 def lock_results(paths: Iterable[str | Path], note: Callable[[str], None]) -> Iterator[None]:
-    """Hold a lock on each result in the block, so that no other process writes it.
+    """Lock each result while the block runs, so that no other process writes it.
 
     Args:
         paths: the results; their folders exist. They are locked in sorted order, so that two
@@ -162,7 +162,7 @@ def lock_results(paths: Iterable[str | Path], note: Callable[[str], None]) -> It
 
 @contextmanager
 def _lock(path: str) -> Iterator[bool]:
-    """Lock a result in the block; yields whether the file system has locks.
+    """Lock a result while the block runs; yields whether the file system has locks.
 
     The lock is a `flock` on a hidden file in the same folder, `.<name>.lock`, which holds the
     process's number. It is not on the result itself, since that is replaced by renaming. The system
@@ -346,7 +346,7 @@ def confusion_matrix(
 
 
 def accuracy(confusion: Sequence[Sequence[int]]) -> float:
-    """Return the fraction of right predictions, in [0, 1]; NaN without a prediction."""
+    """Return the fraction of right predictions, in [0, 1]; NaN if no example was counted."""
     total = sum(map(sum, confusion))
     correct = sum(row[label] for label, row in enumerate(confusion))
     return correct / total if total else float("nan")
@@ -368,7 +368,7 @@ def macro_f1(confusion: Sequence[Sequence[int]]) -> float:
     """Return the unweighted mean of the classes' F1, in [0, 1].
 
     Equals scikit-learn's `f1_score(average="macro", zero_division=0)`: a class counts if it occurs
-    as a label or as a prediction. NaN without a prediction.
+    as a label or as a prediction. NaN if no example was counted.
     """
     scores = [score for score in f1_scores(confusion) if not math.isnan(score)]
     return sum(scores) / len(scores) if scores else float("nan")
