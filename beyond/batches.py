@@ -71,10 +71,10 @@ class Batch(NamedTuple):
 class LengthBatchSampler(Sampler[list[int]]):
     """Puts examples of similar length into the same batch, which saves most of the padding.
 
-    Without a generator, all examples in order of length. With one, each pass shuffles the examples,
-    cuts them into equal pools of at most `MAX_POOL_BATCHES` batches, sorts each pool by length, and
-    shuffles the batches. Which examples of similar length share a batch is random, and so is the
-    order of the batches.
+    Without a generator, the batches hold all examples in order of length. With one, each pass
+    shuffles the examples, cuts them into equal pools of at most `MAX_POOL_BATCHES` batches, sorts
+    each pool by length, and shuffles the batches. Which examples of similar length share a batch is
+    random, and so is the order of the batches.
 
     Args:
         lengths: of the examples, in tokens.

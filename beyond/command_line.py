@@ -57,7 +57,7 @@ PROMPT = (
 def answer_at_once() -> None:
     """End the program if its command line asks for help or has a mistake.
 
-    Also prepares what comes before the heavy imports: standard streams, and an answer to Ctrl-C.
+    First it opens closed standard streams, and lets Ctrl-C end the program with one line.
 
     Under torchrun all processes end. Only rank 0 prints, except that the first process of each
     machine also reports a file error, since the file may be missing on that machine only.
@@ -93,7 +93,7 @@ def open_closed_streams() -> None:
 
 
 def answer_interrupts() -> None:
-    """Let Ctrl-C end the program with one line and status 130, until the program's own handlers."""
+    """Let Ctrl-C end the program with one line and status 130, until other handlers are set."""
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, _end_on_interrupt)
 
@@ -203,7 +203,7 @@ def choose_demo(values: dict[str, Any], task: str) -> tuple[str, ...]:
     Also fills in the demo's model if `--dataset demo` is given without a model.
 
     Returns:
-        A note that says so, or nothing.
+        A note that the demo stands in; empty if it does not.
     """
     demo_model = str(demo_folder() / "model.pt")
     if any(name in values for name in FILE_OPTIONS):
@@ -355,7 +355,7 @@ def check_files(options: Options) -> None:
             prepare_output(path)
             prepare_record(record, path, options.output_files)
         with lock_results(options.results, lambda note: None):
-            pass  # refused if another process is writing them; program.py keeps the locks
+            pass  # only a check: program.py locks them for the whole run
     if isinstance(options, TrainingOptions):
         for checkpoint in options.training_checkpoints:
             if checkpoint.exists() and not options.resume:

@@ -3,8 +3,8 @@
 `prepare_for_decoding` makes a model that computes the same function as `Llama` in fewer and faster
 operations. Decoding one token at a time multiplies every weight by one vector, so its speed is
 limited by reading the weights from memory, and by the overhead of the operations around that.
-Zero-shot scores, computed from whole sentences, become faster in the same way. Differs from
-`llama.py` in:
+Zero-shot scores, computed from whole sentences, become faster in the same way. The prepared
+model differs from `llama.py` in:
 - keys and values of earlier positions are cached, so for a new token only one position is computed;
 - query, key and value are one matrix product, and so are the gate and up projections;
 - RMSNorm's gains, and the factor sqrt(dim) that `normalise` leaves out, are multiplied into the

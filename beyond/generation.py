@@ -22,7 +22,8 @@ DIVIDER = "---------------"  # between texts
 def read_prompt(prompt: str) -> str:
     r"""Return a prompt of the command line; `-` stands for all of standard input.
 
-    Standard input is one text. A byte-order mark is dropped, and "\r\n" and "\r" become "\n".
+    Standard input is one text. A byte-order mark and the last line end are dropped, and "\r\n" and
+    "\r" become "\n".
 
     Raises:
         ValueError: standard input is empty or not UTF-8.
@@ -58,7 +59,7 @@ def generate_texts(
     """Continue each prompt `options.num_samples` times, and print the texts.
 
     A text depends on its prompt and the seed alone: each sample has its own generator, and rows
-    share a batch only if padding is masked and does not change their rounding.
+    share a batch only in a float32 `DecodingLlama`, where padding changes no result.
 
     Args:
         llama: as `prepare_for_decoding` returned it.

@@ -156,7 +156,8 @@ def hparams_summaries(hyperparameters: Mapping[str, str]) -> tuple[Any, Any, Any
         row["dropout"] = "of the checkpoint"
     scores = SCORES.get(hyperparameters.get("option", ""), ())
     experiment, session_start, session_end = hparams(row, dict.fromkeys(scores, 0.0))
-    # The table opens with five columns of settings: those marked as different, by the alphabet.
+    # The table opens with five columns of settings: those that are marked as different, in
+    # alphabetical order.
     data = experiment.value[0].metadata.plugin_data
     content = HParamsPluginData.FromString(data.content)
     for info in content.experiment.hparam_infos:

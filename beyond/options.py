@@ -1,8 +1,8 @@
 """The options of `run_llama.py`: each flag is declared once, in the dataclass that uses it.
 
-There is one frozen dataclass per task. It inherits from one dataclass for each group of tasks that
-share flags. The parser (`command_line.py`), the refusal of flags that a task does not use, and the
-hyperparameters that are recorded all follow from these declarations.
+Each task has a frozen dataclass. Flags that several tasks share are in its base classes. The parser
+(`command_line.py`), the refusal of flags that a task does not use, and the hyperparameters that are
+recorded all follow from these declarations.
 
 Like `command_line.py`, this module imports neither PyTorch nor NumPy.
 """
@@ -88,7 +88,7 @@ class Flag:
 
     Attributes:
         help: what it means, with its unit; the default is added if it is a constant.
-        recorded: whether a run with another value is another run (so it is a hyperparameter).
+        recorded: whether it is a hyperparameter, so that `--resume` refuses another value.
         spelling: the assignment's, if it is not the field's name.
         parsing: further arguments for `ArgumentParser.add_argument`.
     """
@@ -183,7 +183,7 @@ class TaskOptions(ABC):
     notes: tuple[str, ...] = ()  # which default files the demo stands in for; not a flag
     command: str = field(default="", compare=False)  # the command line; not a flag
 
-    reads: ClassVar[tuple[str, ...]] = ()  # fields that name the data files that the task reads
+    reads: ClassVar[tuple[str, ...]] = ()  # fields that name files that the task reads
     writes: ClassVar[tuple[str, ...]] = ()  # fields that name its results
 
     @property
@@ -198,17 +198,17 @@ class TaskOptions(ABC):
 
     @property
     def output_files(self) -> tuple[str, ...]:
-        """The results; those of several seeds go to the same folders."""
+        """The results of one run; with several seeds, each run has results of its own."""
         return tuple(getattr(self, name) for name in self.writes)
 
     @property
     def records(self) -> dict[str, str]:
-        """The record of each result, by the result."""
+        """The path of each result's record, by the path of the result."""
         return {path: record_path(path) for path in self.output_files}
 
     @property
     def results(self) -> tuple[str, ...]:
-        """All files that the task writes, to be locked."""
+        """Results, records and training checkpoints, to be locked."""
         return (*self.output_files, *self.records.values())
 
     def hyperparameters(self) -> dict[str, str]:
@@ -354,7 +354,7 @@ class EvaluationOptions(DataOptions):
 
     @property
     def data_files(self) -> dict[str, str]:
-        """The files that the task reads, by split."""
+        """The data file of each split that the task reads."""
         splits = ("train", "dev", "test")
         return {split: getattr(self, split) for split in splits if split in self.reads}
 
@@ -465,7 +465,7 @@ class TrainingOptions(DataOptions):
 
     @property
     def results(self) -> tuple[str, ...]:
-        """All files that the task writes, to be locked."""
+        """Results, records and training checkpoints, to be locked."""
         return (*super().results, *map(str, self.training_checkpoints))
 
 
@@ -497,7 +497,7 @@ class FinetuneOptions(EvaluationOptions, TrainingOptions):
 
     @property
     def output_files(self) -> tuple[str, ...]:
-        """The results; those of several seeds go to the same folders."""
+        """The results of one run; with several seeds, each run has results of its own."""
         return (*super().output_files, *self.tables.values())
 
     @property
@@ -541,7 +541,7 @@ class FinetuneOptions(EvaluationOptions, TrainingOptions):
 
     @property
     def results(self) -> tuple[str, ...]:
-        """All files that the task writes, to be locked."""
+        """Results, records and training checkpoints, to be locked."""
         if not self.seeds:
             return super().results
         runs = [path for run in self.per_seed() for path in run.results]

@@ -135,7 +135,7 @@ def paint(picture: Picture, ink: Ink, centre: tuple[int, int], colour: Colour) -
 def draw_confusion(confusion: Sequence[Sequence[int]], label_names: Sequence[str]) -> Picture:
     """Draw a confusion matrix: the gold labels are the rows, the predictions the columns.
 
-    The darker a cell, the larger its share of the row, so the diagonal shows each label's recall.
+    A cell with a larger share of its row is darker, so the diagonal shows each label's recall.
 
     Args:
         confusion: counts; row: gold label, column: predicted label.

@@ -63,7 +63,7 @@ def pretrain(options: PretrainOptions) -> None:
             dev_loss = evaluate(llama, dev_blocks, options.batch_size, runtime)
             if not math.isfinite(dev_loss):
                 raise ValueError(
-                    f"step {run.step - 1}: the validation loss is {dev_loss}; try a lower --lr"
+                    f"step {run.step - 1}: the dev loss is {dev_loss}; try a lower --lr"
                 )
             perplexity = math.exp(dev_loss)
             print(
@@ -281,7 +281,7 @@ class Blocks(NamedTuple):
     """A batch of blocks."""
 
     tokens: Tensor  # (batch, block_size + 1), int64
-    sources: Tensor  # as tokens: the index of each token's document
+    sources: Tensor  # same shape: the index of each token's document
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -360,7 +360,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         """Return a scalar; hidden is (rows, dim), weight (vocab, dim), targets (rows,)."""
         loss = torch.zeros((), device=hidden.device)
         weight_grad, hidden_grads = torch.zeros_like(weight), []
-        weight = weight.detach().requires_grad_()  # one leaf, which autocast casts once
+        weight = (
+            weight.detach().requires_grad_()
+        )  # a leaf, so that autocast casts it once for all slices
         for rows, row_targets in slices(hidden, targets, len(weight)):
             rows = rows.detach().requires_grad_()
             with torch.enable_grad():

@@ -84,7 +84,10 @@ def started(options: Options) -> Iterator[None]:
 
 def replaced_files(options: Options) -> list[str]:
     """Return a note that names the results that exist and will be replaced, if there are any."""
-    existing = [path for path in options.output_files if Path(path).exists()]
+    outputs = options.output_files
+    if isinstance(options, FinetuneOptions) and options.seeds:
+        outputs = tuple(path for run in options.per_seed() for path in run.output_files)
+    existing = [path for path in outputs if Path(path).exists()]
     if not existing or (isinstance(options, TrainingOptions) and options.resume):
         return []
     return [f"replaces {', '.join(existing)}"]

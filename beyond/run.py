@@ -98,7 +98,7 @@ class TrainingRun[B: TrainingBatch]:
         self.thread_watch = ThreadWatch(enabled=on_cpu and is_main_process())
         self.log_name = f"{Path(options.filepath).stem}-{datetime.now():%Y%m%d-%H%M%S}"
         self.epoch_start_generator_state = generator.get_state()
-        # PyTorch's random state at `position` if PyTorch's own has moved on since then, else None.
+        # The random state to continue from at `position`; None: PyTorch's current state.
         self.random_state: dict[str, Any] | None = None
 
     @property
@@ -163,7 +163,7 @@ class TrainingRun[B: TrainingBatch]:
         self.parallel_model.train()
         # Making the iterator may draw from PyTorch's global generator. A run that is resumed at an
         # epoch's start repeats that draw, so the saved random state is set before it. A run that
-        # is resumed later had made that draw before it was saved, so the state is set after it.
+        # is resumed in mid-epoch was saved after that draw, so the state is set after it.
         if self.position.step == 0:
             self._restore_random_state()
         batches = iter(self.loader)
@@ -182,7 +182,7 @@ class TrainingRun[B: TrainingBatch]:
             if self.options.save_every and self.step % self.options.save_every == 0:
                 self.save()
             stop_if_asked()
-        # The evaluation that follows may draw random numbers and be interrupted.
+        # If the evaluation that follows is interrupted, the saved run repeats it from this state.
         self.random_state = get_random_state()
 
     def _restore_random_state(self) -> None:
@@ -207,7 +207,7 @@ class TrainingRun[B: TrainingBatch]:
         return StepLoss(value, divisor, batch)
 
     def log(self, loss: StepLoss, gradient_norm: Tensor | None = None) -> None:
-        """Write the loss of a step to TensorBoard, and add it to the epoch's loss.
+        """Collect the loss of a step; every few steps, write the collected losses to TensorBoard.
 
         Args:
             loss: as `backward` returned it.
@@ -292,7 +292,7 @@ class TrainingRun[B: TrainingBatch]:
         self.random_state = dict(enumerate(state["random"])).get(rank())
         if self.random_state is not None:
             set_random_state(self.random_state)  # raises if it is not valid
-        # Its form is checked exactly: a name with "../" in it would lead to another folder.
+        # The log's name is checked exactly: with "../" in it, it would lead to another folder.
         stem = re.escape(Path(self.options.filepath).stem)
         if not re.fullmatch(rf"{stem}-[0-9]{{8}}-[0-9]{{6}}", state["log"]):
             raise ValueError(f"{state['log']!r} is not a log of this run")

@@ -140,7 +140,7 @@ def require_determinism() -> None:
 
 
 class ThreadWatch:
-    """Compares, once in a training run, the time that PyTorch's CPU threads get with their number.
+    """Compares, once per training run, the process's CPU time with its number of threads.
 
     Two programs with two threads each on two cores are many times slower than one after the other.
 
@@ -149,7 +149,7 @@ class ThreadWatch:
     """
 
     SECONDS = 5.0  # of training before the comparison
-    SHARES = (0.6, 1.5)  # of the threads' time: below it or above it there is a note
+    SHARES = (0.6, 1.5)  # CPU time / (wall time * threads): a note outside these limits
 
     def __init__(self, enabled: bool) -> None:
         self.done = not enabled
@@ -179,13 +179,13 @@ def thread_advice(busy: float, threads: int) -> str | None:
     low, high = ThreadWatch.SHARES
     if threads > 1 and busy < low * threads:
         return (
-            f"{threads} threads of PyTorch get the time of {busy:.1f}; if other programs use this "
-            "machine, or the model is small, --threads 1 may be much faster"
+            f"{threads} threads of PyTorch get only the CPU time of {busy:.1f}; if other programs "
+            "use this machine, or the model is small, --threads 1 may be much faster"
         )
     if busy > high * threads:
         return (
-            f"{threads} threads of PyTorch use the time of {busy:.1f}; another number of --threads "
-            "may be faster"
+            f"{threads} threads of PyTorch use the CPU time of {busy:.1f}; another number of "
+            "--threads may be faster"
         )
     return None
 

@@ -19,7 +19,7 @@ def run_seeds(options: FinetuneOptions, finetune: Finetune) -> None:
     """Fine-tune with each seed; print and write the accuracies, their mean and deviation.
 
     Args:
-        options: of all runs; without several seeds, of the only run, which reports by itself.
+        options: of all runs. Without `seeds` there is one run and no summary.
         finetune: runs one seed; handed over by `run_llama.run_task`.
     """
     if not options.seeds:

@@ -272,12 +272,12 @@ def test_each_pass_shuffles_documents_and_blocks() -> None:
 def test_a_last_step_that_destroys_the_model_is_an_error(
     workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its own loss is still finite, and the validation loss is not."""
+    """Its own loss is still finite, and the dev loss is not."""
     argv = [*SCRATCH, "--epochs", "1", "--batch_size", "64", "--lr", "1e38"]
     status, _, err = run([*argv, "--filepath", "lm/model.pt"], capsys)
     assert status == 2 and not Path("lm/model.pt").exists()
     assert re.fullmatch(
-        r"run_llama\.py: error: step 0: the validation loss is (nan|inf); try a lower --lr\n", err
+        r"run_llama\.py: error: step 0: the dev loss is (nan|inf); try a lower --lr\n", err
     )
 
 

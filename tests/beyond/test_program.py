@@ -147,8 +147,12 @@ def test_bad_numbers_of_threads(
         (0.3, 1, None),  # one thread that waits for others needs no fewer
         (1.9, 2, None),
         (1.25, 2, None),
-        (1.1, 2, "2 threads of PyTorch get the time of 1.1; .* --threads 1 may be much faster"),
-        (4.0, 2, "2 threads of PyTorch use the time of 4.0; another number of --threads"),
+        (
+            1.1,
+            2,
+            "2 threads of PyTorch get only the CPU time of 1.1; .* --threads 1 may be much faster",
+        ),
+        (4.0, 2, "2 threads of PyTorch use the CPU time of 4.0; another number of --threads"),
     ],
 )
 def test_thread_advice(busy: float, threads: int, advice: str | None) -> None:
@@ -163,7 +167,7 @@ def test_thread_advice_comes_once(
     monkeypatch.setattr(ThreadWatch, "SECONDS", 0.0)
     monkeypatch.setattr(ThreadWatch, "SHARES", (0.0, 1e-9))
     status, _, err = run(FINETUNE, capsys)
-    assert status == 0 and err.count("note: ") == 1 and "of PyTorch use the time of" in err
+    assert status == 0 and err.count("note: ") == 1 and "of PyTorch use the CPU time of" in err
 
 
 def test_bfloat16_without_units_is_noted(
