@@ -165,7 +165,7 @@ def assert_close_results(folder: Path, expected: Path) -> None:
 def error_lines(err: str) -> list[str]:
     """Return the lines of standard error without progress bars and notes of replaced results."""
     lines = [line.strip() for line in re.split("[\r\n]+", err)]
-    noise = re.compile(r"it/s\]|s/it\]|note: replaces ")
+    noise = re.compile(r"(it/s|s/it)[],]|note: replaces ")
     return [line for line in lines if line and not noise.search(line)]
 
 
