@@ -6,7 +6,7 @@ token, at position `lengths - 1`.
 """
 
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ class ClassifierConfig:
     num_labels: int
     pretrained_model_path: str
     hidden_dropout_prob: float  # in [0, 1); used by LlamaEmbeddingClassifier only
-    option: str  # "finetune" trains all parameters, anything else only the head
+    option: str  # "finetune" trains all parameters that are used, anything else only the head
 
 
 def pool_last(hidden: Tensor, lengths: Tensor | None, causal: bool) -> Tensor:
@@ -59,6 +59,8 @@ class LlamaZeroShotClassifier(nn.Module):
         tokenizer: the checkpoint's.
         label_names: the label words.
         llama: the model; None: loaded from `config.pretrained_model_path`.
+        prompt: the end of every prompt, which a label word follows; None: the words are tokenized
+            alone.
 
     Raises:
         ValueError: there are not `num_labels` label names, or one has no tokens.
@@ -70,13 +72,19 @@ class LlamaZeroShotClassifier(nn.Module):
         tokenizer: Tokenizer,
         label_names: list[str],
         llama: Llama | None = None,
+        prompt: str | None = None,
     ) -> None:
         super().__init__()
         if len(label_names) != config.num_labels:
             raise ValueError(f"{len(label_names)} label names for num_labels={config.num_labels}")
         self.llama = load_pretrained(config.pretrained_model_path) if llama is None else llama
         self.llama.requires_grad_(False)
-        self.label_ids = [tokenizer.encode(name, bos=False, eos=False) for name in label_names]
+        self.label_ids = [
+            tokenizer.encode(name, bos=False, eos=False)
+            if prompt is None
+            else tokenizer.label_tokens(name, prompt)
+            for name in label_names
+        ]
         for name, ids in zip(label_names, self.label_ids, strict=True):
             if not ids:
                 raise ValueError(f"the label name {name!r} has no tokens")
@@ -144,8 +152,8 @@ class LlamaEmbeddingClassifier(nn.Module):
         if self.label_names is not None:
             classifier["label_names"] = list(self.label_names)
         if self.tokenizer is not None:
-            model_proto = bytearray(self.tokenizer.model_proto)
-            classifier["tokenizer"] = torch.frombuffer(model_proto, dtype=torch.uint8)
+            content = bytearray(self.tokenizer.content)
+            classifier["tokenizer"] = torch.frombuffer(content, dtype=torch.uint8)
             classifier["max_sentence_len"] = self.tokenizer.max_len
         return {
             "model": self.state_dict(),
@@ -154,11 +162,17 @@ class LlamaEmbeddingClassifier(nn.Module):
         }
 
 
-def load_classifier(path: str | Path) -> LlamaEmbeddingClassifier:
+def load_classifier(
+    path: str | Path, make_tokenizer: Callable[[int | None, bytes], Tokenizer] = Tokenizer
+) -> LlamaEmbeddingClassifier:
     """Load the fine-tuned classifier of a checkpoint, on the CPU, in eval mode.
 
     The pretrained checkpoint that it was made from is not needed. A checkpoint of the first version
     holds neither label words nor tokenizer, so these are None.
+
+    Args:
+        path: of the checkpoint.
+        make_tokenizer: makes a tokenizer from `max_len` and its content.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -173,7 +187,7 @@ def load_classifier(path: str | Path) -> LlamaEmbeddingClassifier:
     num_labels, dropout = parse_head(values, path)
     label_names = parse_label_names(values, num_labels, path)
     llama_config = parse_config(checkpoint, path)
-    tokenizer = parse_tokenizer(values, llama_config.vocab_size, path)
+    tokenizer = parse_tokenizer(values, llama_config.vocab_size, path, make_tokenizer)
     # The pretrained path is not used, since the model is passed.
     config = ClassifierConfig(num_labels, str(path), dropout, option="finetune")
     with torch.device("meta"):  # no memory and no random numbers for weights that are replaced
@@ -224,7 +238,10 @@ def parse_label_names(
 
 
 def parse_tokenizer(
-    values: Mapping[str, Any], vocab_size: int, path: str | Path
+    values: Mapping[str, Any],
+    vocab_size: int,
+    path: str | Path,
+    make_tokenizer: Callable[[int | None, bytes], Tokenizer],
 ) -> Tokenizer | None:
     """Return the tokenizer of a checkpoint's classifier; None if it has none.
 
@@ -232,6 +249,7 @@ def parse_tokenizer(
         values: of the classifier.
         vocab_size: the model's.
         path: of the checkpoint; a tensor that claims more bytes than this file has is refused.
+        make_tokenizer: as in `load_classifier`.
 
     Raises:
         ValueError: it is not a tokenizer of the model's vocabulary.
@@ -248,7 +266,7 @@ def parse_tokenizer(
     if not is_dense(content, (torch.uint8,)) or content.dim() != 1 or len(content) > file_size:
         raise ValueError(f"{path}: tokenizer is not a tensor of bytes")
     try:
-        tokenizer = Tokenizer(max_len, content.numpy().tobytes())
+        tokenizer = make_tokenizer(max_len, content.numpy().tobytes())
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if tokenizer.n_words != vocab_size:

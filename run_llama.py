@@ -274,7 +274,8 @@ def generate_sentence(
 ) -> str:
     """Continue a prompt with the assignment's own loop, print the text and return it."""
     device = llama.output.weight.device
-    idx = torch.tensor([tokenizer.encode(prompt, bos=True, eos=False)], device=device)  # (1, seq)
+    tokens = tokenizer.encode(prompt, bos=True, eos=False) or [tokenizer.boundary_id]
+    idx = torch.tensor([tokens], device=device)  # (1, seq)
     generator = torch.Generator(device).manual_seed(seed)
     idx = llama.generate(idx, max_new_tokens, temperature, generator)
     text = tokenizer.decode(idx[0].tolist())
@@ -303,7 +304,7 @@ def test_with_prompting(options: PromptOptions) -> None:
     if runtime.causal and not options.compile:
         # A model that is prepared for decoding computes scores faster too.
         llama = prepare_for_decoding(llama.to(runtime.device), runtime.dtype, exact_head=True)
-    model = LlamaZeroShotClassifier(config, tokenizer, label_names, llama)
+    model = LlamaZeroShotClassifier(config, tokenizer, label_names, llama, suffix)
     model = prepare_model(model, runtime, options.compile)
     files = options.prediction_files
     results = predict(model, data, options.batch_size, files, runtime.device)

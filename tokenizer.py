@@ -32,21 +32,31 @@ PAD_PIECE = (
 class Tokenizer:
     """A SentencePiece model with the assignment's conventions.
 
+    A tokenizer of another kind is a subclass that overrides `__init__`, `encode_text`, `decode`,
+    `label_tokens` and `files`.
+
     Args:
         max_len: the number of pieces that `encode` keeps, BOS and EOS not counted; None: all.
         tokenizer_model: path of the SentencePiece model, or its content as bytes; None:
             `tokenizer.model` in the current folder.
 
     Attributes:
-        model_proto: the content of the SentencePiece model, from which it can be made again.
-        bos_id, eos_id, pad_id: ids of the special pieces.
+        content: bytes from which the tokenizer can be made again.
+        bos_id, eos_id: ids of the special pieces; None: the tokenizer has no such piece.
+        pad_id: id of the piece that fills up short rows: the declared one, else `<0x00>`, else EOS.
+        pad_piece: its text.
         n_words: size of the vocabulary.
+        adds_bos: whether the texts of the model's training begin with BOS.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not a SentencePiece model, or BOS, EOS or `<0x00>` is missing in it; or
+        ValueError: it is not a SentencePiece model, or no piece can be used for padding; or
             max_len < 1.
     """
+
+    bos_id: int | None
+    eos_id: int | None
+    adds_bos: bool = True
 
     def __init__(
         self, max_len: int | None = None, tokenizer_model: str | Path | bytes | None = None
@@ -55,48 +65,83 @@ class Tokenizer:
             raise ValueError(f"max_len={max_len} is below 1")
         path: str | Path = "the tokenizer"
         if isinstance(tokenizer_model, bytes):
-            self.model_proto = tokenizer_model
+            self.content = tokenizer_model
         else:
             path = Path(DEFAULT_MODEL if tokenizer_model is None else tokenizer_model)
             if path.is_dir():
                 raise ValueError(f"{path}: is a folder, expected a SentencePiece model")
             if not path.exists():
                 raise FileNotFoundError(f"{path}: no such tokenizer")
-            self.model_proto = path.read_bytes()
-        if not self.model_proto:  # SentencePiece would accept an empty file
+            self.content = path.read_bytes()
+        if not self.content:  # SentencePiece would accept an empty file
             raise ValueError(f"{path}: not a SentencePiece model")
         try:
-            self.sp_model = SentencePieceProcessor(model_proto=self.model_proto)
+            self.sp_model = SentencePieceProcessor(model_proto=self.content)
         # UnicodeDecodeError: SentencePiece's message can quote bytes that are not UTF-8.
         except (RuntimeError, UnicodeDecodeError):
             raise ValueError(f"{path}: not a SentencePiece model") from None
         self.max_len = max_len
         self.n_words: int = self.sp_model.vocab_size()
-        self.bos_id: int = self.sp_model.bos_id()
-        self.eos_id: int = self.sp_model.eos_id()
-        self.pad_id: int = self.sp_model.piece_to_id(PAD_PIECE)
-        if self.bos_id < 0 or self.eos_id < 0 or self.sp_model.is_unknown(self.pad_id):
-            raise ValueError(
-                f"{path}: expected the pieces BOS, EOS, and {PAD_PIECE} for padding; one is missing"
-            )
+        bos, eos, pad = self.sp_model.bos_id(), self.sp_model.eos_id(), self.sp_model.pad_id()
+        self.bos_id, self.eos_id = (None if number < 0 else number for number in (bos, eos))
+        zero = self.sp_model.piece_to_id(PAD_PIECE)
+        candidates = (pad, -1 if self.sp_model.is_unknown(zero) else zero, eos)
+        self.pad_id = next((number for number in candidates if number >= 0), -1)
+        if self.pad_id < 0:
+            raise ValueError(f"{path}: has no piece for padding: neither {PAD_PIECE} nor EOS")
+        self.pad_piece: str = self.sp_model.id_to_piece(self.pad_id)
+
+    @property
+    def boundary_id(self) -> int:
+        """The token between two documents: BOS, or EOS if there is no BOS.
+
+        Raises:
+            ValueError: the tokenizer has neither.
+        """
+        if self.bos_id is not None:
+            return self.bos_id
+        if self.eos_id is not None:
+            return self.eos_id
+        raise ValueError("the tokenizer has neither BOS nor EOS to begin a text with")
+
+    @property
+    def stop_ids(self) -> set[int]:
+        """The tokens that end a text: those of BOS and EOS that exist."""
+        return {number for number in (self.bos_id, self.eos_id) if number is not None}
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
         """Convert a text to token ids.
 
         Args:
             s: the text.
-            bos, eos: whether to add BOS at the start, and EOS at the end.
+            bos, eos: whether to add BOS at the start (if the tokenizer adds it), and EOS at the
+                end.
 
         Returns:
             At most max_len ids of the text, and BOS and EOS if asked for.
         """
         # Faithful: truncated before BOS and EOS are added, so max_len does not count them.
-        tokens = self.sp_model.encode(s)[: self.max_len]
-        return [self.bos_id] * bos + tokens + [self.eos_id] * eos
+        tokens = self.encode_text(s)[: self.max_len]
+        start = [self.bos_id] if bos and self.adds_bos and self.bos_id is not None else []
+        end = [self.eos_id] if eos and self.eos_id is not None else []
+        return start + tokens + end
+
+    def encode_text(self, text: str) -> list[int]:
+        """Convert a text to its token ids, without BOS and EOS."""
+        return self.sp_model.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Convert token ids to a text; BOS and EOS give no text."""
         return self.sp_model.decode(list(ids))
+
+    def label_tokens(self, label: str, prompt: str) -> list[int]:
+        """Return the tokens of a label word that follows a prompt."""
+        # Faithful: the word is tokenized alone, with the space that SentencePiece puts before it.
+        return self.encode(label, bos=False, eos=False)
+
+    def files(self) -> dict[str, bytes]:
+        """Return the files, by name, from which the tokenizer can be made again."""
+        return {DEFAULT_MODEL: self.content}
 
 
 def train_tokenizer(paths: Sequence[str | Path], vocab_size: int, output: str | Path) -> None:

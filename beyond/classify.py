@@ -216,7 +216,7 @@ def load(options: ClassifyOptions) -> Classifier:
         check_vocabulary(tokenizer, options.tokenizer_path, model.llama, path)
     else:
         assert tokenizer is not None
-        tokenizer = Tokenizer(max_len, tokenizer.model_proto)
+        tokenizer = Tokenizer(max_len, tokenizer.content)
     print(f"load model from {path}")
     runtime = resolve_runtime(options, model.llama.config.causal)
     return Classifier(prepare_model(model, runtime, False), tokenizer, names, runtime)

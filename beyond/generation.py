@@ -72,11 +72,11 @@ def generate_texts(
         Prompts with their continuations.
     """
     samples = [
-        (tokenizer.encode(prompt, bos=True, eos=False), options.seed + i)
+        (tokenizer.encode(prompt, bos=True, eos=False) or [tokenizer.boundary_id], options.seed + i)
         for prompt in prompts
         for i in range(options.num_samples if temperature else 1)
     ]
-    stop_ids = {tokenizer.bos_id, tokenizer.eos_id} if options.stop_at_eos else set()
+    stop_ids = tokenizer.stop_ids if options.stop_at_eos else set()
     can_share = isinstance(llama, DecodingLlama) and llama.dtype == torch.float32
     batch_size = options.batch_size if can_share and not options.stream else 1
     device = llama.output.weight.device

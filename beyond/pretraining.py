@@ -163,11 +163,12 @@ def sample_text(llama: Llama, tokenizer: Tokenizer, runtime: Runtime, seed: int)
     """
     device = llama.output.weight.device
     generator = torch.Generator(device).manual_seed(seed)
-    context = torch.tensor([[tokenizer.bos_id]], device=device)
+    boundary = tokenizer.boundary_id
+    context = torch.tensor([[boundary]], device=device)
     with runtime.autocast():
         tokens = llama.generate(context, SAMPLE_TOKENS, generator=generator)[0, 1:].tolist()
-    if tokenizer.bos_id in tokens:  # where the next document begins
-        tokens = tokens[: tokens.index(tokenizer.bos_id)]
+    if boundary in tokens:  # where the next document begins
+        tokens = tokens[: tokens.index(boundary)]
     return tokenizer.decode(tokens)
 
 
@@ -181,7 +182,7 @@ def make_model(options: PretrainOptions) -> tuple[Llama, Tokenizer, Runtime]:
     tokenizer = Tokenizer(options.max_sentence_len, options.tokenizer_path)
     config = LlamaConfig(
         vocab_size=tokenizer.n_words,
-        **options.shape,
+        **options.shape,  # type: ignore[arg-type]  # sizes only
         max_seq_len=options.max_seq_len or LlamaConfig.max_seq_len,
         dropout=options.dropout or 0.0,
         causal=True,
@@ -240,11 +241,14 @@ def learning_rate(step: int, total_steps: int, peak: float) -> float:
 
 
 def load_documents(paths: Sequence[str], tokenizer: Tokenizer) -> list[Tensor]:
-    """Read the documents of text files and tokenize each, with BOS; (length,) each."""
-    documents = []
+    """Read the documents of text files and tokenize each; (length,) each.
+
+    Each begins with BOS, or with EOS if the tokenizer has no BOS.
+    """
+    documents, boundary = [], [tokenizer.boundary_id]
     for path in paths:
         texts = read_documents(path)
-        tokens = [torch.tensor(tokenizer.encode(text, bos=True, eos=False)) for text in texts]
+        tokens = [torch.tensor(boundary + tokenizer.encode(text, False, False)) for text in texts]
         print(f"load {len(tokens)} documents, {sum(map(len, tokens))} tokens from {path}")
         documents += tokens
     if not documents:

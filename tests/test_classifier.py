@@ -196,7 +196,7 @@ def test_a_checkpoint_holds_words_and_tokenizer(tmp_path: Path, tokenizer_path: 
         write_checkpoint(tmp_path / "best.pt", model.to_checkpoint())
         loaded = load_classifier(tmp_path / "best.pt")
         assert loaded.label_names == ["no", "はい"] and loaded.tokenizer is not None
-        assert loaded.tokenizer.model_proto == tokenizer_path.read_bytes()
+        assert loaded.tokenizer.content == tokenizer_path.read_bytes()
         assert loaded.tokenizer.max_len == max_len
     model = LlamaEmbeddingClassifier(config_of(), make_llama(True))
     assert model.to_checkpoint()["classifier"] == {"num_labels": 2, "hidden_dropout_prob": 0.3}

@@ -1,6 +1,7 @@
 """Tokenizer: the assignment's conventions, on a model trained here and on Llama's own."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -55,7 +56,7 @@ def test_llama_tokenizer_facts() -> None:
 def test_a_model_can_be_given_as_bytes(tokenizer_path: Path) -> None:
     content = tokenizer_path.read_bytes()
     given, read = Tokenizer(3, content), Tokenizer(3, tokenizer_path)
-    assert given.model_proto == read.model_proto == content
+    assert given.content == read.content == content
     assert given.encode("A dull story", True, True) == read.encode("A dull story", True, True)
     for broken in (b"", b"<html></html>"):
         with pytest.raises(ValueError, match="the tokenizer: not a SentencePiece model"):
@@ -81,14 +82,47 @@ def test_broken_piece_is_an_error(tmp_path: Path, tokenizer_path: Path) -> None:
         Tokenizer(tokenizer_model=tmp_path / "bad.model")
 
 
-def test_model_without_byte_pieces_is_an_error(tmp_path: Path) -> None:
-    corpus = tmp_path / "corpus.txt"
-    corpus.write_text("a warm film and a dull film")
+def train_plain(folder: Path, **ids: Any) -> Path:
+    """Train a model without byte pieces; `ids` are those of the special pieces, -1 for none."""
+    (folder / "corpus.txt").write_text("a warm film and a dull film")
     sentencepiece.SentencePieceTrainer.train(
-        input=str(corpus), model_prefix=str(tmp_path / "plain"), vocab_size=15, minloglevel=2
+        input=str(folder / "corpus.txt"),
+        model_prefix=str(folder / "plain"),
+        vocab_size=15,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **ids,
     )
-    with pytest.raises(ValueError, match="expected the pieces BOS, EOS, and <0x00> for padding"):
-        Tokenizer(tokenizer_model=tmp_path / "plain.model")
+    return folder / "plain.model"
+
+
+@pytest.mark.parametrize(
+    "ids, pad, piece",
+    [({}, 2, "</s>"), ({"pad_id": 3}, 3, "<pad>"), ({"bos_id": -1, "eos_id": 1}, 1, "</s>")],
+)
+def test_padding_is_the_declared_piece_or_eos_where_there_are_no_byte_pieces(
+    tmp_path: Path, ids: dict[str, int], pad: int, piece: str
+) -> None:
+    tokenizer = Tokenizer(tokenizer_model=train_plain(tmp_path, **ids))
+    assert (tokenizer.pad_id, tokenizer.pad_piece) == (pad, piece)
+
+
+def test_missing_bos_and_eos_are_left_out(tmp_path: Path) -> None:
+    only_eos = Tokenizer(tokenizer_model=train_plain(tmp_path, bos_id=-1, eos_id=1))
+    assert only_eos.bos_id is None and only_eos.boundary_id == 1 and only_eos.stop_ids == {1}
+    words = only_eos.encode("a film", bos=False, eos=False)
+    assert words and only_eos.encode("a film", bos=True, eos=True) == [*words, 1]
+    only_pad = Tokenizer(tokenizer_model=train_plain(tmp_path, bos_id=-1, eos_id=-1, pad_id=1))
+    assert only_pad.stop_ids == set()
+    assert only_pad.encode("a film", bos=True, eos=True) == only_pad.encode_text("a film")
+    with pytest.raises(ValueError, match="neither BOS nor EOS"):
+        _ = only_pad.boundary_id
+
+
+def test_model_without_a_piece_for_padding_is_an_error(tmp_path: Path) -> None:
+    model = train_plain(tmp_path, bos_id=-1, eos_id=-1)
+    with pytest.raises(ValueError, match="has no piece for padding: neither <0x00> nor EOS"):
+        Tokenizer(tokenizer_model=model)
 
 
 def test_max_len_below_one_is_an_error(tokenizer_path: Path) -> None:

@@ -64,7 +64,7 @@ def probabilities(
 ) -> list[list[float]]:
     """Compute the probabilities of all labels, one sentence at a time."""
     assert model.tokenizer is not None
-    tokenizer = Tokenizer(max_len, model.tokenizer.model_proto)
+    tokenizer = Tokenizer(max_len, model.tokenizer.content)
     rows = [torch.tensor([tokenizer.encode(text, bos=True, eos=False)]) for text in texts]
     with torch.inference_mode():
         return [model(row)[0].exp().tolist() for row in rows]
@@ -714,7 +714,7 @@ def test_a_loaded_classifier_knows_its_words_and_its_tokenizer(
 ) -> None:
     loaded = load_classifier("best.pt")
     assert loaded.label_names == WORDS and model.tokenizer and loaded.tokenizer
-    assert loaded.tokenizer.model_proto == model.tokenizer.model_proto
+    assert loaded.tokenizer.content == model.tokenizer.content
     assert loaded.tokenizer.max_len is None
 
 
