@@ -2,8 +2,8 @@
 
 A checkpoint is `{"model": state_dict, "model_args": {...}}`, tensors and plain values only. Besides
 this project's parameter names, this module reads those of llama2.c and of Meta's Llama, weights
-that were saved from a compiled model (prefix `_orig_mod.`), and weights that are stored in float16,
-bfloat16 or float64, which become float32.
+that were saved from a compiled or a parallel model (prefixes `_orig_mod.` and `module.`), and
+weights that are stored in float16, bfloat16 or float64, which become float32.
 """
 
 import logging
@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -25,22 +25,29 @@ from utils import open_atomically
 
 logger = logging.getLogger(__name__)
 
-COMPILED_PREFIX = "_orig_mod."
+# The prefixes of a compiled and of a parallel model, in any order.
+WRAPPER_PREFIXES = re.compile(r"^((_orig_mod|module)\.)+")
 ATTENTION_NAMES = {  # llama2.c's and Meta's -> ours
     "wq": "compute_query",
     "wk": "compute_key",
     "wv": "compute_value",
     "wo": "compute_output",
 }
-# Some programs store their rotary tables; they are computed anew when they are needed.
-ROTARY_TABLES = re.compile(r"(^|\.)(freqs_cos|freqs_sin|rope\.freqs|inv_freq)$")
+# Some programs store their rotary tables and causal masks; these are computed when needed.
+COMPUTED = re.compile(
+    r"(^|\.)(freqs_cos|freqs_sin|freqs_cis|rope\.freqs|inv_freq|attention\.mask)$"
+)
+ASSIGNMENT_NAME = "attention.compute_query."  # in every file of the course and of this project
 STORED_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 TIED_NAMES = ("tok_embeddings.weight", "output.weight")  # if they differ, the last one is used
 TENSORS_PER_LAYER = 9
 
 
 class LlamaPreTrainedModel(nn.Module):
-    """Base class of the model: holds the config and initializes the weights."""
+    """Base class of the model: its config, initial weights, and loading and saving them."""
+
+    tok_embeddings: nn.Embedding
+    output: nn.Linear
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -62,14 +69,45 @@ class LlamaPreTrainedModel(nn.Module):
             is_scaled = name.endswith(("compute_output.weight", "w3.weight"))
             nn.init.normal_(parameter, mean=0.0, std=residual_std if is_scaled else 0.02)
 
+    def tie_weights(self) -> None:
+        """Make input embedding and output projection one parameter, if the config ties them."""
+        if self.config.tie_embeddings:
+            self.tok_embeddings.weight = self.output.weight
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: Mapping[str, Any],
+        path: str | Path,
+        causal: bool | None = None,
+        dropout: float | None = None,
+        max_seq_len: int | None = None,
+    ) -> Self:
+        """Make the model of a checkpoint that has been read, on the CPU, in eval mode.
+
+        Args:
+            checkpoint: the dicts "model" and "model_args".
+            path, causal, dropout, max_seq_len: as in `parse_config`.
+
+        Raises:
+            ValueError: the weights do not fit `model_args`.
+        """
+        config = parse_config(checkpoint, path, causal, dropout, max_seq_len)
+        with torch.device("meta"):  # no memory and no random numbers for weights that are replaced
+            model = cls(config)
+        load_strictly(model, parse_weights(checkpoint, path, config.tie_embeddings), path)
+        model.tie_weights()  # loading gave each of the two names its own parameter
+        return model.eval()
+
     def save_pretrained(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Write a checkpoint that `load_pretrained` reads, its weights stored as `dtype`.
 
         It is written completely or not at all.
         """
         weights = {name: tensor.to(dtype) for name, tensor in self.state_dict().items()}
-        # .to() may have copied the tied matrix twice; one tensor under both names is stored once.
-        weights["tok_embeddings.weight"] = weights["output.weight"]
+        if self.config.tie_embeddings:
+            # .to() may have copied the matrix twice; one tensor under two names is stored once.
+            weights["tok_embeddings.weight"] = weights["output.weight"]
         write_checkpoint(path, {"model": weights, "model_args": self.config.to_model_args()})
 
 
@@ -116,6 +154,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         isinstance(checkpoint.get(key), dict) for key in ("model", "model_args")
     ):
         raise ValueError(f'{path}: expected a dict that holds the dicts "model" and "model_args"')
+    # The tensors of a file can be views that share or repeat one storage, and copying them could
+    # fill the memory. A real checkpoint shares only the tied matrix, so more than twice the file's
+    # size is refused.
+    size = sum(value.nbytes for value in checkpoint["model"].values() if is_dense_float(value))
+    if size > 2 * Path(path).stat().st_size:
+        raise ValueError(f"{path}: its tensors claim {size:,} bytes, more than the file holds")
     return checkpoint
 
 
@@ -162,8 +206,13 @@ def parse_config(
     Raises:
         ValueError: `model_args` does not describe a Llama.
     """
+    model_args = dict(checkpoint["model_args"])
+    if model_args.get("vocab_size") == -1:  # in Meta's files: as the tokenizer has it
+        model_args["vocab_size"] = _vocab_size(checkpoint["model"])
+    if model_args.get("tie_embeddings") is None:
+        model_args["tie_embeddings"] = _is_tied(checkpoint["model"])
     try:
-        config = LlamaConfig.from_model_args(checkpoint["model_args"])
+        config = LlamaConfig.from_model_args(model_args)
     except ValueError as error:
         raise ValueError(f"{path}: model_args: {error}") from None
     n_tensors = len(checkpoint["model"])
@@ -180,11 +229,34 @@ def parse_config(
     )
 
 
-def parse_weights(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
+def _tied_tensors(weights: Mapping[str, Any]) -> list[Tensor]:
+    """Return those of the input embedding and the output projection that are stored."""
+    named = {translate_name(str(name)): value for name, value in weights.items()}
+    return [named[name] for name in TIED_NAMES if is_dense_float(named.get(name))]
+
+
+def _vocab_size(weights: Mapping[str, Any]) -> int | None:
+    """Return the number of rows of the embedding; None if there is none."""
+    return next((len(tensor) for tensor in _tied_tensors(weights) if tensor.dim() == 2), None)
+
+
+def _is_tied(weights: Mapping[str, Any]) -> bool:
+    """Return whether embedding and output are tied in a file whose `model_args` do not say it."""
+    # Faithful: the assignment's model ties them whatever its file holds.
+    if any(ASSIGNMENT_NAME in str(name) for name in weights):
+        return True
+    tensors = _tied_tensors(weights)
+    return len(tensors) < 2 or torch.equal(*(tensor.float() for tensor in tensors))
+
+
+def parse_weights(
+    checkpoint: Mapping[str, Any], path: str | Path, tie_embeddings: bool = True
+) -> dict[str, Tensor]:
     """Return the weights of a checkpoint in float32, under this project's names.
 
     Args:
         checkpoint, path: as in `parse_config`.
+        tie_embeddings: whether input embedding and output projection become one tensor.
 
     Raises:
         ValueError: an entry is not a tensor of floating-point numbers, or two entries translate to
@@ -197,21 +269,16 @@ def parse_weights(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, 
                 f"{path}: a weight's name is {reprlib.repr(stored_name)}, expected a string"
             )
         name = translate_name(stored_name)
-        if ROTARY_TABLES.search(name):
+        if COMPUTED.search(name):
             continue
         if not is_dense_float(tensor):
             raise ValueError(f"{path}: {stored_name} is not a tensor of floating-point numbers")
         if name in weights:
             raise ValueError(f"{path}: two tensors are named {name}")
         weights[name] = tensor
-    # The tensors of a file can be views that share or repeat one storage, and copying them could
-    # fill the memory. A real checkpoint shares only the tied matrix, so more than twice the file's
-    # size is refused.
-    size = sum(tensor.nbytes for tensor in weights.values())
-    if size > 2 * Path(path).stat().st_size:
-        raise ValueError(f"{path}: its tensors claim {size:,} bytes, more than the file holds")
     state_dict = {name: tensor.float() for name, tensor in weights.items()}
-    _tie(state_dict, path)
+    if tie_embeddings:
+        _tie(state_dict, path)
     return state_dict
 
 
@@ -242,8 +309,8 @@ def _tie(state_dict: dict[str, Tensor], path: str | Path) -> None:
 
 
 def translate_name(name: str) -> str:
-    """Translate a parameter name of llama2.c, of Meta, or of a compiled model to this project's."""
-    parts = name.removeprefix(COMPILED_PREFIX).split(".")  # such as layers.0.attention.wq.weight
+    """Translate a parameter name of llama2.c, of Meta, or of a wrapped model to this project's."""
+    parts = WRAPPER_PREFIXES.sub("", name).split(".")  # such as layers.0.attention.wq.weight
     if len(parts) > 2 and parts[-3] == "attention":
         parts[-2] = ATTENTION_NAMES.get(parts[-2], parts[-2])
     return ".".join(parts)

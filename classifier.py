@@ -127,6 +127,8 @@ class LlamaEmbeddingClassifier(nn.Module):
         self.label_names, self.tokenizer = label_names, tokenizer
         self.llama = load_pretrained(config.pretrained_model_path) if llama is None else llama
         self.llama.requires_grad_(config.option == "finetune")
+        if not self.llama.config.tie_embeddings:
+            self.llama.output.requires_grad_(False)  # the classifier does not use it
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.classifier_head = nn.Linear(self.llama.config.dim, config.num_labels)
 
@@ -192,7 +194,7 @@ def load_classifier(
     config = ClassifierConfig(num_labels, str(path), dropout, option="finetune")
     with torch.device("meta"):  # no memory and no random numbers for weights that are replaced
         model = LlamaEmbeddingClassifier(config, Llama(llama_config), label_names, tokenizer)
-    load_strictly(model, parse_weights(checkpoint, path), path)
+    load_strictly(model, parse_weights(checkpoint, path, llama_config.tie_embeddings), path)
     model.llama.tie_weights()  # loading gave each of the two names its own parameter
     return model.eval()
 

@@ -10,8 +10,10 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
 ALIASES = {"norm_eps": "layer_norm_eps"}  # names in llama2.c's and Meta's files -> ours
+IGNORED = ("max_batch_size",)  # in Meta's files: how many rows a cache is made for
 # Upper bound of every size: above any real Llama's, and the product of two fits into int64.
 MAX_SIZE = 2**20
+MAX_THETA = 1e12  # above any real Llama's base, and far from overflow
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class LlamaConfig:
     multiple_of: int = 32  # the derived hidden_dim is a multiple of this
     max_seq_len: int = 1024  # tokens, BOS included
     layer_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0  # base of the rotary frequencies
+    tie_embeddings: bool = True  # whether input embedding and output projection share one matrix
     # Probability, on embeddings and inside the layers; stories42M.pt was trained without dropout.
     dropout: float = 0.0
     causal: bool = False  # Faithful: the assignment's attention has no mask (reference mode)
@@ -64,8 +68,13 @@ class LlamaConfig:
             )
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={reprlib.repr(self.dropout)} is not a number in [0, 1)")
-        if not isinstance(self.causal, bool):
-            raise ValueError(f"causal={reprlib.repr(self.causal)} is not True or False")
+        if not _is_number(self.rope_theta) or not 1 <= self.rope_theta <= MAX_THETA:
+            raise ValueError(
+                f"rope_theta={reprlib.repr(self.rope_theta)} is not a number in [1, {MAX_THETA:g}]"
+            )
+        for name in ("tie_embeddings", "causal"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"{name}={reprlib.repr(value)} is not True or False")
 
     def _check_size(self, name: str) -> None:
         value = getattr(self, name)
@@ -88,7 +97,8 @@ class LlamaConfig:
     def from_model_args(cls, model_args: Mapping[str, Any]) -> Self:
         """Build the config that a checkpoint's `model_args` describe.
 
-        Translates the names in `ALIASES`; a value of None means the default.
+        Translates the names in `ALIASES` and leaves out those in `IGNORED`; a value of None means
+        the default.
 
         Raises:
             ValueError: an unknown name, a name given twice, or a bad value.
@@ -96,6 +106,8 @@ class LlamaConfig:
         known = {field.name for field in fields(cls)}
         values: dict[str, Any] = {}
         for stored_name, value in model_args.items():
+            if stored_name in IGNORED:
+                continue
             name = ALIASES.get(stored_name, stored_name)
             if name not in known:
                 raise ValueError(

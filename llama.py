@@ -7,7 +7,7 @@ Differs from the paper in:
 - reference mode (`LlamaConfig.causal` is False, the assignment's own): attention has no mask, so
   every position attends to all positions of its row, padding included. Causal mode is the
   paper's;
-- the input embedding and the output projection share one matrix.
+- the input embedding and the output projection share one matrix (`tie_embeddings`).
 
 Conventions:
 - rows of a batch are padded on the right;
@@ -21,13 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from base_llama import (
-    LlamaPreTrainedModel,
-    load_strictly,
-    parse_config,
-    parse_weights,
-    read_checkpoint,
-)
+from base_llama import LlamaPreTrainedModel, read_checkpoint
 from config import LlamaConfig
 from rope import apply_rotary_emb
 
@@ -98,7 +92,9 @@ class Attention(nn.Module):
         query = self.compute_query(x).unflatten(-1, head_shape)  # (batch, seq, n_heads, head_dim)
         key = self.compute_key(x).unflatten(-1, head_shape)  # (batch, seq, n_kv_heads, head_dim)
         value = self.compute_value(x).unflatten(-1, head_shape)  # as key
-        query, key = apply_rotary_emb(query, key, config.head_dim, config.max_seq_len)
+        query, key = apply_rotary_emb(
+            query, key, config.head_dim, config.max_seq_len, config.rope_theta
+        )
         query, key, value = (t.transpose(1, 2) for t in (query, key, value))
         # output: (batch, n_heads, seq, head_dim)
         output = self.compute_query_key_value_scores(query, key, value)
@@ -151,17 +147,14 @@ class Llama(LlamaPreTrainedModel):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
-        # Made from output's matrix, so that no random numbers are drawn for a second one.
-        self.tok_embeddings = nn.Embedding.from_pretrained(self.output.weight, freeze=False)
+        # from_pretrained, since it draws no random numbers for a matrix that may be replaced.
+        matrix = torch.empty_like(self.output.weight)
+        self.tok_embeddings = nn.Embedding.from_pretrained(matrix, freeze=False)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(LlamaLayer(i, config) for i in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.layer_norm_eps)
-        self.tie_weights()
+        self.tie_weights()  # unless the config says otherwise
         self.init_weights()
-
-    def tie_weights(self) -> None:
-        """Make the input embedding and the output projection one and the same parameter."""
-        self.tok_embeddings.weight = self.output.weight
 
     def compute_hidden(self, tokens: Tensor) -> Tensor:
         """Compute hidden states (batch, seq, dim), after the final norm, of tokens (batch, seq)."""
@@ -284,16 +277,11 @@ def load_pretrained(
     """Load the model of a checkpoint, on the CPU, in eval mode.
 
     Args:
-        path: a checkpoint in one of the formats that `base_llama` reads.
+        path: a file in the format that `base_llama` reads.
         causal, dropout, max_seq_len: override the checkpoint's own values unless None.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is not a checkpoint, or its weights do not fit its `model_args`.
     """
-    checkpoint = read_checkpoint(path)
-    with torch.device("meta"):  # no memory and no random numbers for weights that are replaced
-        model = Llama(parse_config(checkpoint, path, causal, dropout, max_seq_len))
-    load_strictly(model, parse_weights(checkpoint, path), path)
-    model.tie_weights()  # loading gave each of the two names its own parameter
-    return model.eval()
+    return Llama.from_checkpoint(read_checkpoint(path), path, causal, dropout, max_seq_len)

@@ -11,6 +11,7 @@ Run as `uv run python sanity_check.py`; pytest collects it too.
 """
 
 from pathlib import Path
+from typing import Any
 from unittest import SkipTest
 
 import torch
@@ -32,7 +33,7 @@ COURSE_TOKENS = [
     [101, 7592, 15756, 2897, 2005, 17953, 2361, 102],
 ]
 
-FIXTURE_SHAPE = {
+FIXTURE_SHAPE: dict[str, Any] = {
     "vocab_size": 61,
     "dim": 48,
     "n_layers": 2,

@@ -225,14 +225,15 @@ class DecodingLlama(Llama):
         self.config = config
         self.dtype = dtype
         self.embeddings = llama.tok_embeddings.weight.detach()
+        output = llama.output.weight.detach()  # the same matrix, if the model ties them
         layers = cast(list[LlamaLayer], list(llama.layers))
         self.decoding_layers = [DecodingLayer(layer, dtype, quantize) for layer in layers]
         gain = llama.norm.weight.detach()
         head_dtype = torch.float32 if exact_head else dtype
-        head = DecodingHead(self.embeddings, gain, head_dtype, quantize and not exact_head)
+        head = DecodingHead(output, gain, head_dtype, quantize and not exact_head)
         self.output = head  # type: ignore[assignment]
         cos, sin = rotary_tables(
-            config.head_dim, config.max_seq_len, 10000.0, self.embeddings.device
+            config.head_dim, config.max_seq_len, config.rope_theta, self.embeddings.device
         )
         self.eps_root = torch.tensor((config.dim * config.layer_norm_eps) ** 0.5, device=cos.device)
         self.rotations = torch.complex(cos, sin)  # (max_seq_len, 1, head_dim / 2)

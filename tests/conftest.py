@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -67,13 +68,13 @@ def llama(tokenizer_path: Path) -> Llama:
     return make_llama(causal=False)
 
 
-def make_llama(causal: bool, seed: int = 0, **shape: int) -> Llama:
+def make_llama(causal: bool, seed: int = 0, **shape: Any) -> Llama:
     """Make a random model whose weights are larger than those of `init_weights`.
 
     Its outputs are of order one, so a mistake changes them visibly.
     """
     torch.manual_seed(seed)
-    model = Llama(LlamaConfig(**{"vocab_size": 320, **SHAPE, **shape}, causal=causal))
+    model = Llama(LlamaConfig(**{"vocab_size": 320, **SHAPE, **shape, "causal": causal}))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
