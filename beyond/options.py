@@ -8,113 +8,32 @@ Like `command_line.py`, this module imports neither PyTorch nor NumPy.
 """
 
 import argparse
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
+from beyond.flags import (
+    Flag,
+    dropout_probability,
+    flag,
+    non_negative,
+    non_negative_int,
+    probability,
+    seed_list,
+    seed_number,
+    switch,
+    thread_count,
+)
 from config import LlamaConfig
 from utils import at_least_one
 
 TASK_NAMES = ("generate", "prompt", "finetune", "pretrain", "classify")
 CHECKPOINT = "stories42M.pt"
-LARGEST_FLOAT32 = 3.4028234663852886e38
 
 
-# ------------------------------------------------------------------------------- argument types
-
-
-def seed_number(text: str) -> int:
-    """Convert an argument to an integer that every random generator takes as a seed."""
-    value = int(text)
-    if not 0 <= value < 2**32:
-        raise argparse.ArgumentTypeError(f"{value} is not in 0 to 2^32 - 1")
-    return value
-
-
-def seed_list(text: str) -> tuple[int, ...]:
-    """Convert an argument such as 1,2,3 to two or more different seeds."""
-    values = tuple(seed_number(part) for part in text.split(","))
-    if len(values) < 2 or len(set(values)) < len(values):
-        raise argparse.ArgumentTypeError(f"{text} is not a list of two or more different seeds")
-    return values
-
-
-def non_negative(text: str) -> float:
-    """Convert an argument to a number from 0 to the largest float32."""
-    value = float(text)
-    if not 0 <= value <= LARGEST_FLOAT32:
-        raise argparse.ArgumentTypeError(f"{value} is not between 0 and the largest float32")
-    return value
-
-
-def thread_count(text: str) -> int:
-    """Convert an argument to a number of threads, at most one per CPU core."""
-    value, cores = at_least_one(text), os.cpu_count() or 1
-    if value > cores:
-        raise argparse.ArgumentTypeError(f"{value} is above the number of CPU cores, {cores}")
-    return value
-
-
-def non_negative_int(text: str) -> int:
-    """Convert an argument to an integer from 0 to the largest int32."""
-    return at_least_one(text, lowest=0)
-
-
-def probability(text: str) -> float:
-    """Convert an argument to a probability above 0."""
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{value} is not in (0, 1]")
-    return value
-
-
-def dropout_probability(text: str) -> float:
-    """Convert an argument to a probability below 1."""
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not in [0, 1)")
-    return value
-
-
-# ----------------------------------------------------------------------------------------- flags
-
-
-@dataclass(frozen=True)
-class Flag:
-    """How a field of an options dataclass is given on the command line.
-
-    Attributes:
-        help: what it means, with its unit; the default is added if it is a constant.
-        recorded: whether it is a hyperparameter, so that `--resume` refuses another value.
-        spelling: the assignment's, if it is not the field's name.
-        parsing: further arguments for `ArgumentParser.add_argument`.
-    """
-
-    help: str
-    recorded: bool = True
-    spelling: str | None = None
-    parsing: Mapping[str, Any] = field(default_factory=dict)
-
-
-def flag(
-    help_text: str,
-    default: Any = MISSING,
-    *,
-    recorded: bool = True,
-    spelling: str | None = None,
-    **parsing: Any,
-) -> Any:
-    """Declare a field that a flag sets; without a default, `get_args` works it out."""
-    declared = Flag(help_text, recorded, spelling, parsing)
-    return field(default=default, metadata={"flag": declared})
-
-
-def switch(help_text: str, *, recorded: bool = True) -> Any:
-    """Declare a field that is False unless its flag is given."""
-    return flag(help_text, False, recorded=recorded, action="store_true")
+# ------------------------------------------------------------------------------- shared flags
 
 
 def split_metadata(split: str) -> dict[str, Flag]:
