@@ -139,11 +139,15 @@ class LlamaEmbeddingClassifier(nn.Module):
             input_ids: (batch, seq), sentences padded on the right.
             lengths: (batch,), as in `pool_last`.
         """
-        hidden = self.llama.compute_hidden(input_ids)  # no vocabulary projection
-        last = pool_last(hidden, lengths, self.llama.config.causal)  # (batch, dim)
+        pooled = self.pool(input_ids, lengths)  # (batch, dim)
         # In float32: in bfloat16 different labels could get equal scores.
-        with torch.autocast(last.device.type, enabled=False):
-            return F.log_softmax(self.classifier_head(self.dropout(last.float())), dim=-1)
+        with torch.autocast(pooled.device.type, enabled=False):
+            return F.log_softmax(self.classifier_head(self.dropout(pooled.float())), dim=-1)
+
+    def pool(self, input_ids: Tensor, lengths: Tensor | None) -> Tensor:
+        """Compute the hidden state that represents each sentence, (batch, dim)."""
+        hidden = self.llama.compute_hidden(input_ids)  # no vocabulary projection
+        return pool_last(hidden, lengths, self.llama.config.causal)
 
     def to_checkpoint(self) -> dict[str, Any]:
         """Return tensors and plain values from which `load_classifier` rebuilds this classifier."""

@@ -35,6 +35,7 @@ from beyond.classify import classify
 from beyond.command_line import get_args
 from beyond.decoding import prepare_for_decoding
 from beyond.generation import DIVIDER, generate_texts, prepare_to_generate, read_prompt
+from beyond.methods.method import Method, build_method, sum_of_losses
 from beyond.options import FinetuneOptions, GenerateOptions, Options, PromptOptions
 from beyond.pretraining import pretrain
 from beyond.processes import broadcast_object, exit_program, gather, is_main_process
@@ -118,7 +119,8 @@ class LlamaDataset(Dataset[Example]):
         tokens = pad_sequence(rows, batch_first=True, padding_value=self.pad_id)
         lengths = torch.tensor([len(row) for row in rows])
         labels = torch.tensor([example.label for example in examples])
-        return Batch(tokens, lengths, labels, [e.line for e in examples], examples[0].path)
+        lines = torch.tensor([example.line for example in examples])
+        return Batch(tokens, lengths, labels, lines, examples[0].path)
 
     def loader(
         self, batch_size: int, generator: torch.Generator | None = None
@@ -213,7 +215,7 @@ def model_eval(
         for batch in shard_batches(dataloader):
             scores = model(to_device(batch.tokens, device), to_device(batch.lengths, device))
             rows = scores.argmax(dim=-1).tolist(), scores.float().log_softmax(dim=-1).tolist()
-            predicted.update(zip(batch.lines, zip(*rows, strict=True), strict=True))
+            predicted.update(zip(batch.lines.tolist(), zip(*rows, strict=True), strict=True))
     finally:
         model.train(was_training)
     for others in gather(predicted):
@@ -324,8 +326,9 @@ def finetune(options: FinetuneOptions) -> tuple[float, float]:
     path, dropout = str(options.pretrained_model_path), options.hidden_dropout_prob
     config = ClassifierConfig(len(label_names), path, dropout, option="finetune")
     model = LlamaEmbeddingClassifier(config, llama, label_names, tokenizer)
-    model = prepare_model(model, runtime, options.compile)
-    run = train(options, model, data, label_names, runtime)
+    method = build_method(options, model, classification_loss)  # plain, unless flags ask for more
+    prepare_model(method.classifier, runtime, options.compile)
+    run = train(options, method.to(runtime.device), data, label_names, runtime)
     results = test(options, data, runtime)
     report_results(run, results, options.output_files)
     remove_training_checkpoint(options.run.training_checkpoint)
@@ -334,32 +337,36 @@ def finetune(options: FinetuneOptions) -> tuple[float, float]:
 
 def train(
     options: FinetuneOptions,
-    model: LlamaEmbeddingClassifier,
+    method: Method,
     data: Mapping[str, LlamaDataset],
     label_names: Sequence[str],
     runtime: Runtime,
 ) -> TrainingRun[Batch]:
     """Train all epochs; write the epoch that is best on dev to `options.filepath`."""
-    train_data, dev_data = data["train"], data["dev"]
-    optimizer = AdamW(model.parameters(), lr=options.lr)
-    with start_run(model, optimizer, train_data.loader, options.run, runtime) as run:
+    model, train_data, dev_data = method.classifier, data["train"], data["dev"]
+    optimizer = AdamW(method.parameter_groups(), lr=options.lr)
+    with start_run(method, optimizer, train_data.loader, options.run, runtime) as run:
         for epoch in run.epochs():
             for batch in run.batches():
+                method.begin_step(run.step, run.total_steps)
                 optimizer.zero_grad()
                 # Faithful: divided by the nominal batch size, so a short last batch weighs less.
-                loss = run.backward(classification_loss, batch, divisor=options.batch_size)
+                loss = run.backward(sum_of_losses, batch, divisor=options.batch_size)
+                method.before_update(optimizer)
                 optimizer.step()
+                method.after_update()
                 run.log(loss)
             totals = run.epoch_totals()
             if train_data.group_by_length:
                 print(f"train padding :: {1 - totals.tokens / totals.padded_tokens:.3f}")
-            train_result, dev_result = (
-                model_eval(split.loader(options.batch_size), model, runtime.device)
-                for split in (train_data, dev_data)
-            )
-            if run.is_best(dev_result.accuracy):
-                save_model(model, options.filepath)
-                record_classifier(options.filepath, epoch, dev_result, runtime.record)
+            with method.kept_weights():
+                train_result, dev_result = (
+                    model_eval(split.loader(options.batch_size), model, runtime.device)
+                    for split in (train_data, dev_data)
+                )
+                if run.is_best(dev_result.accuracy):
+                    save_model(model, options.filepath)
+                    record_classifier(options.filepath, epoch, dev_result, runtime.record)
             print(
                 f"epoch {epoch}: train loss :: {totals.loss / len(train_data):.3f}, "
                 f"train acc :: {train_result.accuracy:.3f}, dev acc :: {dev_result.accuracy:.3f}"
@@ -368,11 +375,9 @@ def train(
     return run
 
 
-def classification_loss(
-    model: nn.Module, tokens: Tensor, lengths: Tensor, labels: Tensor
-) -> Tensor:
+def classification_loss(log_probs: Tensor, labels: Tensor) -> Tensor:
     """Return the sum of the negative log-likelihoods of the labels, in nats."""
-    return F.nll_loss(model(tokens, lengths), labels, reduction="sum")
+    return F.nll_loss(log_probs, labels, reduction="sum")
 
 
 def test(

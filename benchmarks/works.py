@@ -178,7 +178,7 @@ def make_finetune(
             for tokens, lengths, labels in batches:
                 optimizer.zero_grad()
                 with runtime.autocast():
-                    loss = classification_loss(model, tokens, lengths, labels) / len(labels)
+                    loss = classification_loss(model(tokens, lengths), labels) / len(labels)
                 loss.backward()
                 optimizer.step()
                 loss.item()

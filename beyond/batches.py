@@ -45,13 +45,13 @@ class Batch(NamedTuple):
     tokens: Tensor  # (batch, seq), int64, padded on the right
     lengths: Tensor  # (batch,), int64: the number of tokens in each row before padding
     labels: Tensor  # (batch,), int64
-    lines: list[int]  # of the data file, from 0
+    lines: Tensor  # (batch,), int64: of the data file, from 0
     path: str  # of the data file
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """The arguments of the loss."""
-        return self.tokens, self.lengths, self.labels
+        return self.tokens, self.lengths, self.labels, self.lines
 
     @property
     def num_tokens(self) -> int:
@@ -65,7 +65,7 @@ class Batch(NamedTuple):
 
     def describe(self) -> str:
         """Say which lines the batch has, counted from 1."""
-        return f"lines {', '.join(str(line + 1) for line in self.lines)} of {self.path}"
+        return f"lines {', '.join(str(line + 1) for line in self.lines.tolist())} of {self.path}"
 
 
 class LengthBatchSampler(Sampler[list[int]]):

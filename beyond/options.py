@@ -26,6 +26,7 @@ from beyond.flags import (
     switch,
     thread_count,
 )
+from beyond.methods.options import MethodOptions
 from config import LlamaConfig
 from utils import at_least_one
 
@@ -312,6 +313,7 @@ class RunOptions:
     micro_batch_size: int | None  # rows that are computed at a time; None: all
     save_every: int | None  # steps; None: after each epoch
     resume: bool
+    patience: int = 0  # epochs without a better score after which the run ends; 0: never
 
     @property
     def training_checkpoint(self) -> Path:
@@ -389,7 +391,7 @@ class TrainingOptions(DataOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneOptions(EvaluationOptions, TrainingOptions):
+class FinetuneOptions(EvaluationOptions, TrainingOptions, MethodOptions):
     """Options of `--option finetune`."""
 
     hidden_dropout_prob: float = flag(
@@ -405,6 +407,10 @@ class FinetuneOptions(EvaluationOptions, TrainingOptions):
     reads = ("label_names", "dev", "test", "train")
     writes = ("dev_out", "test_out", "filepath")
     results_folder, results_kind = "output/task_3", "finetuning"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_method()
 
     @property
     def tables(self) -> dict[str, str]:
@@ -423,6 +429,11 @@ class FinetuneOptions(EvaluationOptions, TrainingOptions):
     def log_folder(self) -> Path:
         """The folder in which TensorBoard finds the runs."""
         return Path(self.dev_out).parent
+
+    @property
+    def run(self) -> RunOptions:
+        """The part of the options that a training run needs."""
+        return replace(super().run, patience=self.patience)
 
     @property
     def seeds_file(self) -> Path:

@@ -107,6 +107,17 @@ class TrainingRun[B: TrainingBatch]:
         return self.position.epoch * len(self.loader) + self.position.step
 
     @property
+    def total_steps(self) -> int:
+        """The number of steps of all epochs."""
+        return self.options.epochs * len(self.loader)
+
+    @property
+    def has_patience(self) -> bool:
+        """Whether one of the last `patience` epochs was the best so far, or patience is endless."""
+        patience, best = self.options.patience, self.best_epoch
+        return not patience or best is None or self.position.epoch - 1 - best < patience
+
+    @property
     def log_folder(self) -> Path:
         """The folder of this run's TensorBoard files."""
         return self.options.log_folder / self.log_name
@@ -143,7 +154,7 @@ class TrainingRun[B: TrainingBatch]:
 
     def epochs(self) -> Iterator[int]:
         """Yield the epochs that are still to do, from the current one on."""
-        while self.position.epoch < self.options.epochs:
+        while self.position.epoch < self.options.epochs and self.has_patience:
             self.epoch_started = time.perf_counter()
             yield self.position.epoch
             self.position = Position(self.position.epoch + 1)
@@ -151,7 +162,8 @@ class TrainingRun[B: TrainingBatch]:
             self.random_state = None
             self.step_log.write(self.writers.train)
             self.step_log.start_epoch()
-            if self.options.save_every is None or self.position.epoch == self.options.epochs:
+            is_last = self.position.epoch == self.options.epochs or not self.has_patience
+            if self.options.save_every is None or is_last:
                 self.save()
 
     def batches(self) -> Iterator[B]:

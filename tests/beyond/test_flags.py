@@ -277,7 +277,7 @@ def test_micro_batch_size(
 ) -> None:
     """The most rows that a loss is computed of."""
     module, name = {
-        "finetune": (run_llama, "classification_loss"),
+        "finetune": (run_llama, "sum_of_losses"),
         "pretrain": (beyond.pretraining, "sum_of_losses"),
     }[task]
     sizes, loss = [], getattr(module, name)

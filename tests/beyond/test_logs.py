@@ -5,6 +5,7 @@ import math
 import re
 import signal
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from beyond.logs import (
     peak_memory,
     sort_settings,
 )
+from beyond.methods.options import MethodOptions
 from beyond.options import FinetuneOptions, flags_of
 from beyond.run import TrainingRun
 from run_llama import main
@@ -97,6 +99,7 @@ def test_the_page_of_a_finetuning_has_its_own_settings_only(
         "dropout": "None",
         "hidden_dropout_prob": "0.25",
         "filepath": "output/task_3/cfimdb-finetune-2-2e-05.pt",
+        **{field.name: str(field.default) for field in fields(MethodOptions)},
     }
     hashes = {name for name in settings if name.startswith("SHA-256 of ")}
     assert hashes == {
@@ -206,7 +209,7 @@ def write(log: StepLog, recorder: Recorder) -> None:
 def step_loss(value: float, divisor: int = 4, lines: Sequence[int] = (0, 1, 2)) -> StepLoss:
     """Make the loss of a batch with rows of 3 columns, and 2 tokens in each."""
     tokens, lengths = torch.ones(len(lines), 3, dtype=torch.long), torch.full((len(lines),), 2)
-    batch = Batch(tokens, lengths, torch.zeros_like(lengths), list(lines), "x.txt")
+    batch = Batch(tokens, lengths, torch.zeros_like(lengths), torch.tensor(lines), "x.txt")
     return StepLoss(torch.tensor(value), divisor, batch)
 
 

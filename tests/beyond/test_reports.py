@@ -95,7 +95,10 @@ def test_an_evaluation_has_the_log_probabilities_that_the_loss_is_made_of(
         results.append(evaluate(loader, model, device))
         model.eval()
         with torch.no_grad():
-            parts = [run_llama.classification_loss(model, *batch.tensors) for batch in loader]
+            parts = [
+                run_llama.classification_loss(model(batch.tokens, batch.lengths), batch.labels)
+                for batch in loader
+            ]
         model.train()
         losses.append(float(sum(parts)) / len(loader.dataset))
         return results[-1]

@@ -1,0 +1,146 @@
+"""The seam between the training loop and the methods: what a step computes, and what is kept.
+
+`build_method` returns a `Method`, the module that is trained. It holds the classifier and one
+`Ingredient` for each flag that is given. The training loop calls, in this order for each batch,
+`begin_step`, `forward` (through `run.backward`), `before_update`, the optimizer's `step`, and
+`after_update`. After each epoch the classifier is evaluated and saved within `kept_weights`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from beyond.methods.options import MethodOptions
+from classifier import LlamaEmbeddingClassifier
+
+LossFn = Callable[[Tensor, Tensor], Tensor]  # from log-probabilities and labels, summed over rows
+
+
+class Rows(NamedTuple):
+    """Some rows of a batch."""
+
+    tokens: Tensor  # (rows, seq), int64, padded on the right
+    lengths: Tensor  # (rows,), int64
+    labels: Tensor  # (rows,), int64
+    lines: Tensor  # (rows,), int64: of the training file, from 0
+
+
+class Ingredient(nn.Module):
+    """One addition to the plain recipe; what it does not override is left as it is.
+
+    Its buffers are saved in the training checkpoint.
+    """
+
+    def begin_step(self, step: int, total_steps: int) -> None:
+        """Prepare for a step, from 0 to total_steps - 1."""
+
+    def loss(self, loss: Tensor, classifier: nn.Module, rows: Rows, log_probs: Tensor) -> Tensor:
+        """Return the loss to use instead of `loss`, summed over rows.
+
+        Args:
+            loss: so far, a scalar.
+            classifier: maps tokens and lengths to log-probabilities.
+            rows: of the batch, or of a micro-batch.
+            log_probs: (rows, num_labels), of one forward pass.
+        """
+        return loss
+
+    def parameter_groups(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the optimizer's parameter groups to use instead of `groups`."""
+        return groups
+
+    def before_update(self, optimizer: Optimizer) -> None:
+        """Change gradients or learning rates before the optimizer's step."""
+
+    def after_update(self) -> None:
+        """Follow the weights after the optimizer's step."""
+
+    @contextmanager
+    def kept_weights(self) -> Iterator[None]:
+        """Let the classifier have the weights that are evaluated and saved, in the block."""
+        yield
+
+
+class Method(nn.Module):
+    """What is trained: a classifier and the ingredients of the recipe.
+
+    Args:
+        classifier: the model.
+        loss_fn: the plain loss.
+        ingredients: in the order in which they apply.
+    """
+
+    def __init__(
+        self,
+        classifier: LlamaEmbeddingClassifier,
+        loss_fn: LossFn,
+        ingredients: Sequence[Ingredient] = (),
+    ) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.loss_fn = loss_fn
+        self.modules_of_ingredients = nn.ModuleList(ingredients)  # so that buffers are saved
+        self.ingredients = tuple(ingredients)
+
+    def forward(self, tokens: Tensor, lengths: Tensor, labels: Tensor, lines: Tensor) -> Tensor:
+        """Return the loss of some rows, summed; the arguments are those of `Rows`."""
+        rows = Rows(tokens, lengths, labels, lines)
+        log_probs = self.classifier(tokens, lengths)
+        loss = self.loss_fn(log_probs, labels)
+        for ingredient in self.ingredients:
+            loss = ingredient.loss(loss, self.classifier, rows, log_probs)
+        return loss
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the parameter groups of the optimizer."""
+        groups: list[dict[str, Any]] = [{"params": list(self.classifier.parameters())}]
+        for ingredient in self.ingredients:
+            groups = ingredient.parameter_groups(groups)
+        return groups
+
+    def begin_step(self, step: int, total_steps: int) -> None:
+        """Prepare for a step, from 0 to total_steps - 1."""
+        for ingredient in self.ingredients:
+            ingredient.begin_step(step, total_steps)
+
+    def before_update(self, optimizer: Optimizer) -> None:
+        """Change gradients or learning rates before the optimizer's step."""
+        for ingredient in self.ingredients:
+            ingredient.before_update(optimizer)
+
+    def after_update(self) -> None:
+        """Follow the weights after the optimizer's step."""
+        for ingredient in self.ingredients:
+            ingredient.after_update()
+
+    @contextmanager
+    def kept_weights(self) -> Iterator[None]:
+        """Let the classifier have the weights that are evaluated and saved, in the block."""
+        with ExitStack() as stack:
+            for ingredient in self.ingredients:
+                stack.enter_context(ingredient.kept_weights())
+            yield
+
+
+def sum_of_losses(method: nn.Module, *tensors: Tensor) -> Tensor:
+    """Return the loss of some rows, summed; `tensors` are those of `Rows`."""
+    return method(*tensors)
+
+
+def build_method(
+    options: MethodOptions, classifier: LlamaEmbeddingClassifier, loss_fn: LossFn
+) -> Method:
+    """Put together what the options ask for.
+
+    Args:
+        options: of the run.
+        classifier: the plain one, not yet on its device.
+        loss_fn: the plain loss, of log-probabilities and labels, summed over rows.
+
+    Raises:
+        ValueError: an option does not fit the model.
+    """
+    return Method(classifier, loss_fn)

@@ -1,0 +1,160 @@
+"""The flags of the methods; `FinetuneOptions` and `PromptOptions` inherit them.
+
+Like `beyond/options.py`, this module imports neither PyTorch nor NumPy.
+"""
+
+import argparse
+from dataclasses import dataclass
+
+from beyond.flags import dropout_probability, flag, non_negative, non_negative_int, switch
+from utils import at_least_one
+
+POOLINGS = ("last", "mean", "max", "attention", "before_stop")
+HEADS = ("linear", "label_words")
+# The matrices of a layer, by their names in a checkpoint.
+MATRICES = ("query", "key", "value", "output", "w1", "w2", "w3")
+
+
+def fraction(text: str) -> float:
+    """Convert an argument to a number from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{value} is not in [0, 1]")
+    return value
+
+
+def positive_fraction(text: str) -> float:
+    """Convert an argument to a number above 0, at most 1."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{value} is not in (0, 1]")
+    return value
+
+
+def matrix_list(text: str) -> tuple[str, ...]:
+    """Convert an argument such as query,value to names of a layer's matrices."""
+    names = tuple(text.split(","))
+    if len(set(names)) < len(names) or not set(names) <= set(MATRICES):
+        raise argparse.ArgumentTypeError(
+            f"{text} is not a list of different matrices among {', '.join(MATRICES)}"
+        )
+    return names
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodOptions:
+    """Options that change how `--option finetune` trains; each is off by default."""
+
+    pooling: str = flag(
+        "what represents a sentence: its last token, the mean, the maximum or a learned attention "
+        "over its own tokens, or the token before the final full stop",
+        "last",
+        choices=POOLINGS,
+    )
+    pool_layer: int | None = flag(
+        "use the hidden states after this many layers (default: after all layers and the final "
+        "norm)",
+        None,
+        type=at_least_one,
+    )
+    head: str = flag(
+        "linear: a new linear layer; label_words: the zero-shot prompt, with the output rows of "
+        "the label words as the head (prompt-based fine-tuning)",
+        "linear",
+        choices=HEADS,
+    )
+    label_smoothing: float = flag(
+        "give this share of the target probability to all labels equally",
+        0.0,
+        type=dropout_probability,
+    )
+    warmup: float = flag(
+        "fraction of the steps in which the learning rate rises from 0", 0.0, type=fraction
+    )
+    linear_decay: bool = switch("let the learning rate fall linearly to 0")
+    layer_decay: float = flag(
+        "multiply the learning rate by this number for each layer further from the head",
+        1.0,
+        type=positive_fraction,
+    )
+    weight_decay: float = flag("weight decay of all matrices", 0.0, type=non_negative)
+    max_grad_norm: float = flag(
+        "scale gradients down to this norm if theirs is larger; 0: never", 0.0, type=non_negative
+    )
+    ema: float = flag(
+        "evaluate and keep a moving average of the weights with this decay per step; 0: off",
+        0.0,
+        type=dropout_probability,
+    )
+    patience: int = flag(
+        "stop after this many epochs without a better dev accuracy; 0: never",
+        0,
+        type=non_negative_int,
+    )
+    freeze_backbone: bool = switch("train the head only (a linear probe)")
+    lora_rank: int = flag(
+        "train low-rank updates of this rank instead of the layers' matrices; 0: off",
+        0,
+        type=non_negative_int,
+    )
+    lora_alpha: float = flag(
+        "LoRA: the update is scaled by this number / rank", 16.0, type=non_negative
+    )
+    lora_matrices: tuple[str, ...] = flag(
+        f"LoRA: which matrices of each layer get an update, a list such as query,value from "
+        f"{', '.join(MATRICES)} (default: query,value)",
+        ("query", "value"),
+        type=matrix_list,
+    )
+    smart: float = flag(
+        "weight of SMART's penalty on how much the prediction changes with the embeddings; 0: off",
+        0.0,
+        type=non_negative,
+    )
+    r_drop: float = flag(
+        "weight of R-Drop's penalty on how much the prediction changes with dropout; 0: off",
+        0.0,
+        type=non_negative,
+    )
+    mixout: float = flag(
+        "probability with which a weight is replaced by its pretrained value in a training step",
+        0.0,
+        type=dropout_probability,
+    )
+    wise_ft: float = flag(
+        "keep this share of the fine-tuned weights and the rest of the pretrained ones (WiSE-FT); "
+        "needs --head label_words",
+        1.0,
+        type=fraction,
+    )
+
+    def check_method(self) -> None:
+        """Raise ValueError if two of the options contradict each other."""
+        adapts = "lora_rank" if self.lora_rank else "freeze_backbone"
+        if self.lora_rank and self.freeze_backbone:
+            raise ValueError("--lora_rank and --freeze_backbone: choose one of them")
+        if self.lora_rank or self.freeze_backbone:
+            if self.mixout:
+                raise ValueError(
+                    f"--mixout and --{adapts}: mixout is for weights that train; leave one out"
+                )
+            if self.layer_decay != 1:
+                raise ValueError(
+                    f"--layer_decay and --{adapts}: the layers' own weights do not train; leave "
+                    "one out"
+                )
+        if self.wise_ft != 1 and self.head != "label_words":
+            raise ValueError(
+                f"--wise_ft {self.wise_ft}: needs --head label_words, whose untrained end is the "
+                "zero-shot classifier"
+            )
+        if self.wise_ft != 1 and self.lora_rank:
+            raise ValueError("--wise_ft and --lora_rank: lower --lora_alpha instead")
+        if self.head == "label_words":
+            if self.freeze_backbone:
+                raise ValueError("--freeze_backbone: --head label_words has no head of its own")
+            if self.pooling != "last" or self.pool_layer is not None:
+                raise ValueError(
+                    "--head label_words: reads the prompt's last token after all layers; leave "
+                    "--pooling and --pool_layer out"
+                )
