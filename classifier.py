@@ -124,6 +124,7 @@ class LlamaEmbeddingClassifier(nn.Module):
         tokenizer: Tokenizer | None = None,
     ) -> None:
         super().__init__()
+        self.num_labels = config.num_labels
         self.label_names, self.tokenizer = label_names, tokenizer
         self.llama = load_pretrained(config.pretrained_model_path) if llama is None else llama
         self.llama.requires_grad_(config.option == "finetune")
@@ -152,7 +153,7 @@ class LlamaEmbeddingClassifier(nn.Module):
     def to_checkpoint(self) -> dict[str, Any]:
         """Return tensors and plain values from which `load_classifier` rebuilds this classifier."""
         classifier: dict[str, Any] = {
-            "num_labels": self.classifier_head.out_features,
+            "num_labels": self.num_labels,
             "hidden_dropout_prob": self.dropout.p,
         }
         if self.label_names is not None:
@@ -168,8 +169,21 @@ class LlamaEmbeddingClassifier(nn.Module):
         }
 
 
+def refuse_method(
+    classifier: LlamaEmbeddingClassifier, method: object, path: str | Path
+) -> LlamaEmbeddingClassifier:
+    """Raise ValueError: a checkpoint's classifier differs from the assignment's."""
+    raise ValueError(
+        f"{path}: was fine-tuned with {reprlib.repr(method)}; load it with beyond.methods"
+    )
+
+
 def load_classifier(
-    path: str | Path, make_tokenizer: Callable[[int | None, bytes], Tokenizer] = Tokenizer
+    path: str | Path,
+    make_tokenizer: Callable[[int | None, bytes], Tokenizer] = Tokenizer,
+    apply_method: Callable[
+        [LlamaEmbeddingClassifier, object, str | Path], LlamaEmbeddingClassifier
+    ] = refuse_method,
 ) -> LlamaEmbeddingClassifier:
     """Load the fine-tuned classifier of a checkpoint, on the CPU, in eval mode.
 
@@ -179,15 +193,18 @@ def load_classifier(
     Args:
         path: of the checkpoint.
         make_tokenizer: makes a tokenizer from `max_len` and its content.
+        apply_method: changes the classifier if the checkpoint says that it differs from the
+            assignment's, and how; called with the classifier, that description, and the path.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not a classifier's checkpoint, or a part of it does not fit.
+        ValueError: the file is not a classifier's checkpoint, or a part of it does not fit, or it
+            was fine-tuned with a method that is not known.
     """
     checkpoint = read_checkpoint(path)
     values = checkpoint.get("classifier")
     required = {"num_labels", "hidden_dropout_prob"}
-    optional = {"label_names", "tokenizer", "max_sentence_len"}
+    optional = {"label_names", "tokenizer", "max_sentence_len", "method"}
     if not isinstance(values, dict) or not required <= values.keys() <= required | optional:
         raise ValueError(f"{path}: does not hold a fine-tuned classifier")
     num_labels, dropout = parse_head(values, path)
@@ -198,6 +215,8 @@ def load_classifier(
     config = ClassifierConfig(num_labels, str(path), dropout, option="finetune")
     with torch.device("meta"):  # no memory and no random numbers for weights that are replaced
         model = LlamaEmbeddingClassifier(config, Llama(llama_config), label_names, tokenizer)
+    if "method" in values:
+        model = apply_method(model, values["method"], path)
     load_strictly(model, parse_weights(checkpoint, path, llama_config.tie_embeddings), path)
     model.llama.tie_weights()  # loading gave each of the two names its own parameter
     return model.eval()

@@ -35,6 +35,7 @@ from beyond.classify import classify
 from beyond.command_line import get_args
 from beyond.decoding import prepare_for_decoding
 from beyond.generation import DIVIDER, generate_texts, prepare_to_generate, read_prompt
+from beyond.methods.checkpoints import input_tokenizer, load_any_classifier
 from beyond.methods.method import Method, build_method, sum_of_losses
 from beyond.options import FinetuneOptions, GenerateOptions, Options, PromptOptions
 from beyond.pretraining import pretrain
@@ -45,12 +46,7 @@ from beyond.reports import report_epoch, report_results
 from beyond.run import TrainingRun, remove_training_checkpoint, start_run
 from beyond.runtime import Runtime, load_model, prepare_model, to_device
 from beyond.seeds import run_seeds
-from classifier import (
-    ClassifierConfig,
-    LlamaEmbeddingClassifier,
-    LlamaZeroShotClassifier,
-    load_classifier,
-)
+from classifier import ClassifierConfig, LlamaEmbeddingClassifier, LlamaZeroShotClassifier
 from llama import Llama
 from optimizer import AdamW
 from tokenizer import Tokenizer
@@ -235,7 +231,7 @@ def model_eval(
 
 
 def save_model(model: LlamaEmbeddingClassifier, filepath: str | Path) -> None:
-    """Write a checkpoint that `load_classifier` reads, completely or not at all."""
+    """Write a checkpoint that `load_any_classifier` reads, completely or not at all."""
     if is_main_process():
         write_checkpoint(filepath, model.to_checkpoint())
     print(f"save the model to {filepath}")
@@ -322,11 +318,13 @@ def finetune(options: FinetuneOptions) -> tuple[float, float]:
     seed_everything(options.seed)  # with --seeds, each run sets its own seed
     label_names = read_label_names(options.label_names)
     llama, tokenizer, runtime = load_model(options, options.dropout)
-    data = load_data(options.data_files, len(label_names), llama, tokenizer)
     path, dropout = str(options.pretrained_model_path), options.hidden_dropout_prob
     config = ClassifierConfig(len(label_names), path, dropout, option="finetune")
     model = LlamaEmbeddingClassifier(config, llama, label_names, tokenizer)
-    method = build_method(options, model, classification_loss)  # plain, unless flags ask for more
+    prompt = build_prompt_suffix(label_names)
+    method = build_method(options, model, classification_loss, prompt)  # plain, without more flags
+    tokenizer = input_tokenizer(method.classifier, tokenizer)
+    data = load_data(options.data_files, len(label_names), llama, tokenizer)
     prepare_model(method.classifier, runtime, options.compile)
     run = train(options, method.to(runtime.device), data, label_names, runtime)
     results = test(options, data, runtime)
@@ -384,7 +382,7 @@ def test(
     options: FinetuneOptions, data: Mapping[str, LlamaDataset], runtime: Runtime
 ) -> dict[str, Evaluation]:
     """Predict dev and test with the best checkpoint of the run."""
-    model = broadcast_object(lambda: load_classifier(options.filepath))
+    model = broadcast_object(lambda: load_any_classifier(options.filepath))
     print(f"load model from {options.filepath}")
     model = prepare_model(model, runtime, options.compile)
     files = options.prediction_files

@@ -21,12 +21,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from beyond.batches import LengthBatchSampler
 from beyond.interrupts import Interrupted
+from beyond.methods.checkpoints import input_tokenizer, load_any_classifier
 from beyond.options import ClassifyOptions
 from beyond.processes import progress
 from beyond.program import note
 from beyond.records import tsv_line, write_record
 from beyond.runtime import Runtime, check_vocabulary, prepare_model, resolve_runtime, to_device
-from classifier import LlamaEmbeddingClassifier, load_classifier
+from classifier import LlamaEmbeddingClassifier
 from tokenizer import Tokenizer
 from utils import (
     LABEL_PREFIX,
@@ -91,7 +92,8 @@ class Classifier:
         tokens = self.tokenizer.encode(sentence.text, bos=True, eos=False)
         limit = self.model.llama.config.max_seq_len
         if len(tokens) > limit:
-            advice = f" or use --max_sentence_len {limit - 1}" if limit > 1 else ""
+            room = limit - len(self.tokenizer.encode("", bos=True, eos=False))
+            advice = f" or use --max_sentence_len {room}" if room > 0 else ""
             raise ValueError(
                 f"{sentence.place}: {len(tokens)} tokens are more than the classifier's {limit}; "
                 f"shorten the sentence{advice}"
@@ -190,7 +192,7 @@ def load(options: ClassifyOptions) -> Classifier:
     """
     path = options.filepath
     given_names = None if options.label_names is None else read_label_names(options.label_names)
-    model = load_classifier(path)
+    model = load_any_classifier(path)
     names, tokenizer = given_names or model.label_names, model.tokenizer
     missing = []
     if names is None:
@@ -204,11 +206,10 @@ def load(options: ClassifyOptions) -> Classifier:
             f"{' and '.join(f'{flag} FILE' for _, flag in missing)}"
         )
     assert names is not None
-    num_labels = model.classifier_head.out_features
-    if len(names) != num_labels:
+    if len(names) != model.num_labels:
         raise ValueError(
-            f"{options.label_names}: has {len(names)} label words, but {path} has {num_labels} "
-            "labels; use the label words of its training data"
+            f"{options.label_names}: has {len(names)} label words, but {path} has "
+            f"{model.num_labels} labels; use the label words of its training data"
         )
     max_len = options.max_sentence_len or (tokenizer.max_len if tokenizer else None)
     if options.tokenizer_path is not None:
@@ -218,6 +219,7 @@ def load(options: ClassifyOptions) -> Classifier:
         assert tokenizer is not None
         tokenizer = Tokenizer(max_len, tokenizer.content)
     print(f"load model from {path}")
+    tokenizer = input_tokenizer(model, tokenizer)
     runtime = resolve_runtime(options, model.llama.config.causal)
     return Classifier(prepare_model(model, runtime, False), tokenizer, names, runtime)
 

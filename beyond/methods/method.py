@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from beyond.methods.checkpoints import change_classifier
 from beyond.methods.options import MethodOptions
 from classifier import LlamaEmbeddingClassifier
 
@@ -131,7 +132,10 @@ def sum_of_losses(method: nn.Module, *tensors: Tensor) -> Tensor:
 
 
 def build_method(
-    options: MethodOptions, classifier: LlamaEmbeddingClassifier, loss_fn: LossFn
+    options: MethodOptions,
+    classifier: LlamaEmbeddingClassifier,
+    loss_fn: LossFn,
+    prompt: str = "",
 ) -> Method:
     """Put together what the options ask for.
 
@@ -139,8 +143,10 @@ def build_method(
         options: of the run.
         classifier: the plain one, not yet on its device.
         loss_fn: the plain loss, of log-probabilities and labels, summed over rows.
+        prompt: the zero-shot prompt that follows a sentence, for methods that need it.
 
     Raises:
         ValueError: an option does not fit the model.
     """
+    classifier = change_classifier(options, classifier, prompt)
     return Method(classifier, loss_fn)

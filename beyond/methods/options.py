@@ -1,4 +1,4 @@
-"""The flags of the methods; `FinetuneOptions` and `PromptOptions` inherit them.
+"""The flags of the methods; `FinetuneOptions` inherits them.
 
 Like `beyond/options.py`, this module imports neither PyTorch nor NumPy.
 """
@@ -46,20 +46,20 @@ class MethodOptions:
     """Options that change how `--option finetune` trains; each is off by default."""
 
     pooling: str = flag(
-        "what represents a sentence: its last token, the mean, the maximum or a learned attention "
-        "over its own tokens, or the token before the final full stop",
+        "what represents a sentence: its last token (in reference mode the batch's last column); "
+        "the mean, the maximum or a learned attention over its own tokens; or the token before "
+        "its final stop (. ! or ?)",
         "last",
         choices=POOLINGS,
     )
     pool_layer: int | None = flag(
-        "use the hidden states after this many layers (default: after all layers and the final "
-        "norm)",
+        "drop the layers above this one before training; the final norm stays (default: keep all)",
         None,
         type=at_least_one,
     )
     head: str = flag(
-        "linear: a new linear layer; label_words: the zero-shot prompt, with the output rows of "
-        "the label words as the head (prompt-based fine-tuning)",
+        "linear: a new linear layer; label_words: ask the zero-shot question after each sentence, "
+        "and train the output rows of the label words as the head (prompt-based fine-tuning)",
         "linear",
         choices=HEADS,
     )

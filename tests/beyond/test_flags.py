@@ -81,6 +81,9 @@ CHANGES: dict[tuple[str, str], list[str]] = {
     ("finetune", "lr"): ["--lr", "1e-3"],
     ("finetune", "dropout"): ["--dropout", "0.5"],
     ("finetune", "hidden_dropout_prob"): ["--hidden_dropout_prob", "0.9"],
+    ("finetune", "pooling"): ["--pooling", "mean"],
+    ("finetune", "pool_layer"): ["--pool_layer", "1"],
+    ("finetune", "head"): ["--head", "label_words", "--label-names", "short.json"],
     ("pretrain", "seed"): ["--seed", "7"],
     ("pretrain", "pretrained_model_path"): ["--pretrained-model-path", "other.pt"],
     ("pretrain", "tokenizer_path"): ["--tokenizer_path", "other.model"],
@@ -149,6 +152,7 @@ def place(workplace: Path) -> Path:
     shutil.copy("data/cfimdb-label-mapping.json", "data/sst-label-mapping.json")
     Path("words.json").write_text('["dull", "warm"]')
     Path("three.json").write_text('["bad", "good", "odd"]')
+    Path("short.json").write_text('["a", "and"]')  # each is one token
     return workplace
 
 

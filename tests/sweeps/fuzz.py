@@ -44,6 +44,9 @@ import rope
 from base_llama import write_checkpoint
 from beyond.command_line import get_args
 from beyond.generation import decode_stream
+from beyond.methods.checkpoints import load_any_classifier
+from beyond.methods.options import HEADS, POOLINGS
+from beyond.methods.pooling import PooledClassifier
 from beyond.options import (
     TASKS,
     ClassifyOptions,
@@ -55,7 +58,7 @@ from beyond.options import (
 from beyond.pretraining import Blocks
 from beyond.run import TrainingRun, start_run
 from beyond.runtime import Runtime
-from classifier import ClassifierConfig, LlamaEmbeddingClassifier, load_classifier
+from classifier import ClassifierConfig, LlamaEmbeddingClassifier
 from llama import load_pretrained
 from optimizer import AdamW
 from run_llama import build_prompt_suffix, create_data, main
@@ -451,12 +454,14 @@ def pretrained(rng: random.Random) -> Case:
 
 
 def fine_tuned(rng: random.Random) -> Case:
-    """A classifier's checkpoint, loaded and used."""
-    whole = SAMPLES.files["classifier.pt"]
-    path = put("classifier.pt", checkpoint_bytes(rng, SAMPLES.classifier, whole))
+    """A classifier's checkpoint, plain or pooled, loaded and used."""
+    checkpoint, name = rng.choice(
+        ((SAMPLES.classifier, "classifier.pt"), (SAMPLES.pooled, "pooled.pt"))
+    )
+    path = put("classifier.pt", checkpoint_bytes(rng, checkpoint, SAMPLES.files[name]))
 
     def run() -> None:
-        model = load_classifier(path)
+        model = load_any_classifier(path)
         assert all(p.isfinite().all() for p in model.parameters())
         with torch.inference_mode():
             config = model.llama.config
@@ -730,6 +735,8 @@ def arguments(rng: random.Random, inputs: Sequence[str], outputs: Sequence[str])
     words |= {"store_dtype": rng.choice(("bfloat16", "float16", "x")), "y": text(rng)}
     words |= {"seeds": rng.choice(("1,2", "1", "1,,2")), "save_every": rng.choice(("1", "0"))}
     words |= {"micro_batch_size": rng.choice(("1", "3", "-1"))}
+    words |= {"pooling": rng.choice((*POOLINGS, "x")), "head": rng.choice((*HEADS, "x"))}
+    words |= {"pool_layer": rng.choice(("1", "2", *ints))}
     files = ["pretrained-model-path", "tokenizer_path", "train", "dev", "test", "label-names"]
     files += ["input"]
     words |= {name: rng.choice(inputs) for name in files}
@@ -895,6 +902,7 @@ class Samples:
     files: dict[str, bytes]
     checkpoint: dict[str, Any]
     classifier: dict[str, Any]
+    pooled: dict[str, Any]
     state: dict[str, Any]
     tokenizer: Tokenizer
     server: Answers
@@ -919,6 +927,8 @@ def make_samples(folder: Path) -> None:
     config = ClassifierConfig(2, "", 0.3, "finetune")
     model = LlamaEmbeddingClassifier(config, llama, ["bad", "good"], tokenizer)
     write_checkpoint(folder / "classifier.pt", model.to_checkpoint())
+    pooled = PooledClassifier(model, "attention")
+    write_checkpoint(folder / "pooled.pt", pooled.to_checkpoint())
     for parameter in llama.parameters():
         parameter.data *= 1e30  # finite, but nothing that is computed with it
     save_llama(llama, folder / "vast.pt")
@@ -926,9 +936,9 @@ def make_samples(folder: Path) -> None:
 
 def load_samples(folder: Path) -> Samples:
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    checkpoint, classifier, state = (
+    checkpoint, classifier, pooled, state = (
         torch.load(io.BytesIO(files[name]), weights_only=True)
-        for name in ("model.pt", "classifier.pt", "run.pt.state")
+        for name in ("model.pt", "classifier.pt", "pooled.pt", "run.pt.state")
     )
     server = Answers()
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
@@ -941,7 +951,7 @@ def load_samples(folder: Path) -> Samples:
         module.PinnedFile(sha256, len(ENTIRE), MODEL, server.url, ".hub.part"),
     )
     tokenizer = Tokenizer(None, folder / "tokenizer.model")
-    return Samples(files, checkpoint, classifier, state, tokenizer, server, module)
+    return Samples(files, checkpoint, classifier, pooled, state, tokenizer, server, module)
 
 
 class Guard:

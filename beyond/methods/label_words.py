@@ -1,0 +1,145 @@
+"""Prompt-based fine-tuning: the zero-shot prompt, with the label words' output rows as the head.
+
+Gao et al. 2021, "Making Pre-trained Language Models Better Few-shot Learners" (LM-BFF),
+arXiv:2012.15723, eq. 1: with h the hidden state where the model predicts the label word, and w_v
+the row of the output projection of word v,
+
+    p(y | sentence) = exp(w_y h) / sum over all labels y' of exp(w_y' h).
+
+All weights train, and nothing is new: before training the classifier is the zero-shot one, with
+its scores compared among the label words alone. Without tied embeddings the output projection
+trains too, where the linear head leaves it out.
+
+Differs from the paper in:
+- the model predicts the next token instead of a masked one, so h is that of the prompt's last
+  token, in both modes: in reference mode too it is not the last column, which may be padding;
+- the prompt is the zero-shot one without its trailing space. With it, Llama's tokenizer makes the
+  space a token of its own, and the token after that is not the label word, which has its own
+  space before it;
+- dropout (`--hidden_dropout_prob`) acts on h, as before the linear head.
+"""
+
+import itertools
+import reprlib
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from beyond.methods.classifier import MethodClassifier
+from classifier import LlamaEmbeddingClassifier, pool_last
+from tokenizer import Tokenizer
+
+
+class LabelWordClassifier(MethodClassifier):
+    """log_softmax over the labels of w_y dropout(h), with h that of the prompt's last token.
+
+    Args:
+        plain: the classifier whose parts it takes over; its head is not used.
+        prompt: the end of every input; spaces at its end are dropped.
+
+    Raises:
+        ValueError: the label words or the tokenizer are not known, or `label_ids` refuses a word.
+    """
+
+    label_ids: Tensor
+
+    def __init__(self, plain: LlamaEmbeddingClassifier, prompt: str) -> None:
+        self.prompt = prompt.rstrip(" ")
+        super().__init__(plain, {"head": "label_words", "prompt": self.prompt})
+        if self.label_names is None or self.tokenizer is None:
+            raise ValueError("head label_words needs the label words and the tokenizer")
+        ids = label_ids(self.label_names, self.tokenizer, self.prompt)
+        self.register_buffer("label_ids", torch.tensor(ids), persistent=False)
+        del self.classifier_head
+        self.llama.requires_grad_(True)  # also an output projection that is not tied
+
+    def forward(self, input_ids: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Compute log-probabilities of the labels, (batch, num_labels).
+
+        Args:
+            input_ids: (batch, seq), sentences that end with the prompt, padded on the right.
+            lengths: (batch,), as in `pool_last`.
+        """
+        pooled = self.pool(input_ids, lengths)  # (batch, dim)
+        # In float32: in bfloat16 different labels could get equal scores.
+        with torch.autocast(pooled.device.type, enabled=False):
+            rows = self.llama.output.weight[self.label_ids]  # (num_labels, dim)
+            return F.log_softmax(F.linear(self.dropout(pooled.float()), rows), dim=-1)
+
+    def pool(self, input_ids: Tensor, lengths: Tensor | None) -> Tensor:
+        """Compute the hidden state of each prompt's last token, (batch, dim)."""
+        return pool_last(self.llama.compute_hidden(input_ids), lengths, causal=True)
+
+
+def label_ids(label_names: Sequence[str], tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Return the token of each label word that follows a prompt.
+
+    Args:
+        label_names: the label words.
+        tokenizer: of the model.
+        prompt: without a space at its end; one stands between it and the word.
+
+    Raises:
+        ValueError: a word is unknown to the tokenizer, or is several tokens, or two words are the
+            same token.
+    """
+    ids: list[int] = []
+    for name in label_names:
+        tokens = tokenizer.label_tokens(name, f"{prompt} ")
+        problem = ""
+        # Some tokenizers ignore case; they know the word anyway.
+        if tokenizer.decode(tokens).strip().casefold() != name.strip().casefold():
+            problem = "is unknown to the tokenizer"
+        elif len(tokens) != 1:
+            problem = f"is {len(tokens)} tokens, not one"
+        elif tokens[0] in ids:
+            problem = "is the same token as another one"
+        if problem:
+            raise ValueError(
+                f"--head label_words: the label word {reprlib.repr(name)} {problem}; choose "
+                "another word (--label-names) or --head linear"
+            )
+        ids += tokens
+    return ids
+
+
+class PromptTokenizer(Tokenizer):
+    """A tokenizer that encodes each sentence together with the prompt that follows it.
+
+    The maximum length is the sentence's; the prompt stays whole.
+
+    Args:
+        tokenizer: of the model.
+        prompt: is added to each text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: str) -> None:
+        vars(self).update(vars(tokenizer))  # pad_id and so on
+        self.adds_bos = tokenizer.adds_bos
+        self.max_len = None  # `encode` truncates nothing, since `encode_text` does
+        self.tokenizer, self.prompt = tokenizer, prompt
+
+    def encode_text(self, text: str) -> list[int]:
+        """Convert a sentence and the prompt to token ids, without BOS and EOS."""
+        tokens = self.tokenizer.encode_text(text + self.prompt)
+        max_len = self.tokenizer.max_len
+        if max_len is None:
+            return tokens
+        # The sentence's own tokens are those that it also has without the prompt.
+        pairs = zip(tokens, self.tokenizer.encode_text(text), strict=False)
+        n_own = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        return tokens[: min(n_own, max_len)] + tokens[n_own:]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Convert token ids to a text; BOS and EOS give no text."""
+        return self.tokenizer.decode(ids)
+
+    def label_tokens(self, label: str, prompt: str) -> list[int]:
+        """Return the tokens of a label word that follows a prompt."""
+        return self.tokenizer.label_tokens(label, prompt)
+
+    def files(self) -> dict[str, bytes]:
+        """Return the files, by name, from which the model's tokenizer can be made again."""
+        return self.tokenizer.files()
