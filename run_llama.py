@@ -37,6 +37,7 @@ from beyond.decoding import prepare_for_decoding
 from beyond.generation import DIVIDER, generate_texts, prepare_to_generate, read_prompt
 from beyond.methods.checkpoints import input_tokenizer, load_any_classifier
 from beyond.methods.method import Method, build_method, sum_of_losses
+from beyond.methods.zero_shot import calibrate
 from beyond.options import FinetuneOptions, GenerateOptions, Options, PromptOptions
 from beyond.pretraining import pretrain
 from beyond.processes import broadcast_object, exit_program, gather, is_main_process
@@ -296,16 +297,18 @@ def test_with_prompting(options: PromptOptions) -> None:
     """Task 2: classify dev and test zero-shot, with all parameters frozen."""
     label_names = read_label_names(options.label_names)
     llama, tokenizer, runtime = load_model(options)
-    suffix = build_prompt_suffix(label_names)
+    prompt = build_prompt_suffix(label_names)
+    suffix = prompt.rstrip(" ") if options.no_trailing_space else prompt
     data = load_data(options.data_files, len(label_names), llama, tokenizer, suffix)
     config = ClassifierConfig(len(label_names), str(options.pretrained_model_path), 0.0, "prompt")
     if runtime.causal and not options.compile:
         # A model that is prepared for decoding computes scores faster too.
         llama = prepare_for_decoding(llama.to(runtime.device), runtime.dtype, exact_head=True)
-    model = LlamaZeroShotClassifier(config, tokenizer, label_names, llama, suffix)
+    model = LlamaZeroShotClassifier(config, tokenizer, label_names, llama, prompt)
     model = prepare_model(model, runtime, options.compile)
+    scorer = calibrate(model, tokenizer, suffix, runtime.device) if options.calibrate else model
     files = options.prediction_files
-    results = predict(model, data, options.batch_size, files, runtime.device)
+    results = predict(scorer, data, options.batch_size, files, runtime.device)
     record_predictions(files, results, runtime.record)
 
 

@@ -26,7 +26,7 @@ from beyond.flags import (
     switch,
     thread_count,
 )
-from beyond.methods.options import MethodOptions
+from beyond.methods.options import MethodOptions, ZeroShotOptions
 from config import LlamaConfig
 from utils import at_least_one
 
@@ -290,7 +290,7 @@ class EvaluationOptions(DataOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptOptions(EvaluationOptions):
+class PromptOptions(EvaluationOptions, ZeroShotOptions):
     """Options of `--option prompt`."""
 
     reads = ("label_names", "dev", "test")

@@ -1,4 +1,6 @@
-"""The flags of the methods; `FinetuneOptions` inherits them.
+"""The flags of the methods.
+
+`FinetuneOptions` inherits `MethodOptions`, and `PromptOptions` inherits `ZeroShotOptions`.
 
 Like `beyond/options.py`, this module imports neither PyTorch nor NumPy.
 """
@@ -39,6 +41,19 @@ def matrix_list(text: str) -> tuple[str, ...]:
             f"{text} is not a list of different matrices among {', '.join(MATRICES)}"
         )
     return names
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroShotOptions:
+    """Options that change how `--option prompt` scores; each is off by default."""
+
+    no_trailing_space: bool = switch(
+        "end the zero-shot prompt without its space; without effect if the tokenizer drops the "
+        "space anyway"
+    )
+    calibrate: bool = switch(
+        "divide the label words' probabilities by those that they have for texts without content"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

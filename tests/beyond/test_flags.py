@@ -65,6 +65,7 @@ CHANGES: dict[tuple[str, str], list[str]] = {
     ("prompt", "dev"): ["--dev", "data/sst-dev.txt"],
     ("prompt", "test"): ["--test", "data/sst-test.txt"],
     ("prompt", "label_names"): ["--label-names", "words.json"],
+    ("prompt", "calibrate"): ["--calibrate"],
     ("finetune", "seed"): ["--seed", "7"],
     ("finetune", "pretrained_model_path"): ["--pretrained-model-path", "other.pt"],
     ("finetune", "tokenizer_path"): ["--tokenizer_path", "other.model"],
@@ -126,6 +127,7 @@ SPECIAL: dict[str, str] = {
     "save_every": "test_save_every",
     "resume": "test_run.py",
     "seeds": "test_seeds.py",
+    "no_trailing_space": "methods/test_zero_shot.py: the tokenizer here drops that space",
     **dict.fromkeys(OUTPUTS, "test_outputs_are_written_where_the_flags_say"),
 }
 

@@ -743,7 +743,7 @@ def arguments(rng: random.Random, inputs: Sequence[str], outputs: Sequence[str])
     files = ["generated_sentence_low_temp_out", "generated_sentence_high_temp_out", "dev_out"]
     words |= {name: rng.choice(outputs) for name in (*files, "test_out", "filepath", "output")}
     switches = ["causal", "no-causal", "stop_at_eos", "stream", "use_gpu", "caus", "", "compile "]
-    switches += ["resume", "deterministic", "compile", "json"]
+    switches += ["resume", "deterministic", "compile", "json", "calibrate", "no-trailing-space"]
     argv = []
     if rng.random() < 0.8:
         argv += ["--option", rng.choice(("prompt", *TASKS))]

@@ -1,0 +1,63 @@
+"""Calibration of zero-shot scores by inputs without content.
+
+Zhao et al. 2021, "Calibrate Before Use", arXiv:2102.09690, section 5 (contextual calibration). A
+model prefers some label words whatever the sentence says. With p the probabilities of the labels,
+normalised to a sum of 1, and p_cf their mean over prompts whose sentence is free of content ("N/A",
+"[MASK]" and an empty one, as in the paper), the label is the one with the highest
+
+    q = W p + b, with W = diag(p_cf)^-1 and b = 0.
+
+Computed here as log q = log p - log p_cf, so that no small probability underflows. The paper takes
+a softmax of q, which changes no prediction.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from classifier import LlamaZeroShotClassifier
+from tokenizer import Tokenizer
+
+CONTENT_FREE = ("N/A", "[MASK]", "")
+
+
+class CalibratedClassifier(nn.Module):
+    """A zero-shot classifier whose scores are compared with those of inputs without content.
+
+    Args:
+        classifier: maps tokens and lengths to scores (batch, num_labels), logarithms.
+        log_prior: (num_labels,), log p_cf; is subtracted from the scores.
+    """
+
+    log_prior: Tensor
+
+    def __init__(self, classifier: nn.Module, log_prior: Tensor) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.register_buffer("log_prior", log_prior)
+
+    def forward(self, input_ids: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Compute scores (batch, num_labels): log p - log p_cf, up to a constant of each row."""
+        return self.classifier(input_ids, lengths) - self.log_prior
+
+
+@torch.no_grad()
+def calibrate(
+    classifier: LlamaZeroShotClassifier, tokenizer: Tokenizer, suffix: str, device: torch.device
+) -> CalibratedClassifier:
+    """Calibrate a zero-shot classifier.
+
+    Args:
+        classifier: on its device, in eval mode.
+        tokenizer: of the model.
+        suffix: the prompt that follows a sentence.
+        device: of the classifier.
+    """
+    log_probs = []
+    for text in CONTENT_FREE:
+        tokens = torch.tensor([tokenizer.encode(text + suffix, bos=True, eos=False)])
+        scores = classifier(tokens.to(device), torch.tensor([tokens.shape[1]], device=device))
+        log_probs.append(scores[0].log_softmax(dim=-1))
+    log_prior = torch.stack(log_probs).logsumexp(dim=0) - math.log(len(CONTENT_FREE))
+    return CalibratedClassifier(classifier, log_prior)
