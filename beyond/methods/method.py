@@ -13,8 +13,15 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from beyond.methods.averaging import MovingAverage
+from beyond.methods.frozen_backbone import FrozenBackbone
 from beyond.methods.ingredient import Ingredient, LossFn, Rows
-from beyond.methods.options import MethodOptions
+from beyond.methods.label_smoothing import smooth_labels
+from beyond.methods.lora import Lora
+from beyond.methods.schedules import GradientClipping, LearningRates, WeightDecay
+from beyond.methods.weights import trained
+from beyond.methods.wise_ft import WiseFt
+from beyond.options import FinetuneOptions
 from classifier import LlamaEmbeddingClassifier
 
 
@@ -89,9 +96,13 @@ def sum_of_losses(method: nn.Module, *tensors: Tensor) -> Tensor:
 
 
 def build_method(
-    options: MethodOptions, classifier: LlamaEmbeddingClassifier, loss_fn: LossFn
+    options: FinetuneOptions, classifier: LlamaEmbeddingClassifier, loss_fn: LossFn
 ) -> Method:
     """Put together what the options ask for.
+
+    The order of the ingredients matters in two places. What chooses the parameters that train
+    (a frozen backbone, LoRA) comes before what sorts them into groups. The weights that are kept
+    are first averaged (EMA), then merged (LoRA), then mixed with the pretrained ones (WiSE-FT).
 
     Args:
         options: of the run.
@@ -101,4 +112,24 @@ def build_method(
     Raises:
         ValueError: an option does not fit the model.
     """
-    return Method(classifier, loss_fn)
+    ingredients: list[Ingredient] = []
+    if options.label_smoothing:
+        loss_fn = smooth_labels(loss_fn, options.label_smoothing)
+    if options.freeze_backbone:
+        ingredients.append(FrozenBackbone(classifier))
+    if options.lora_rank:
+        rank, alpha, matrices = options.lora_rank, options.lora_alpha, options.lora_matrices
+        ingredients.append(Lora(classifier, rank, alpha, matrices, options.seed))
+    if options.ema:
+        average = MovingAverage(trained([classifier, *ingredients]), options.ema)
+        ingredients.insert(0, average)
+    if options.wise_ft != 1:
+        ingredients.append(WiseFt(classifier, options.wise_ft))
+    if options.weight_decay:
+        ingredients.append(WeightDecay(options.weight_decay))
+    if options.warmup or options.linear_decay or options.layer_decay != 1:
+        rates = options.warmup, options.linear_decay, options.layer_decay
+        ingredients.append(LearningRates(classifier, *rates))
+    if options.max_grad_norm:
+        ingredients.append(GradientClipping(options.max_grad_norm))
+    return Method(classifier, loss_fn, ingredients)

@@ -730,13 +730,17 @@ def arguments(rng: random.Random, inputs: Sequence[str], outputs: Sequence[str])
     words |= {"store_dtype": rng.choice(("bfloat16", "float16", "x")), "y": text(rng)}
     words |= {"seeds": rng.choice(("1,2", "1", "1,,2")), "save_every": rng.choice(("1", "0"))}
     words |= {"micro_batch_size": rng.choice(("1", "3", "-1"))}
+    rates = ("label_smoothing", "warmup", "layer_decay", "weight_decay", "max_grad_norm", "ema")
+    words |= {name: rng.choice(floats) for name in (*rates, "lora_alpha", "wise_ft")}
+    words |= {"patience": rng.choice(ints), "lora_rank": rng.choice(("1", "8", "9999", *ints))}
+    words |= {"lora_matrices": rng.choice(("query", "w2,key", "query,query", "", "wq"))}
     files = ["pretrained-model-path", "tokenizer_path", "train", "dev", "test", "label-names"]
     files += ["input"]
     words |= {name: rng.choice(inputs) for name in files}
     files = ["generated_sentence_low_temp_out", "generated_sentence_high_temp_out", "dev_out"]
     words |= {name: rng.choice(outputs) for name in (*files, "test_out", "filepath", "output")}
     switches = ["causal", "no-causal", "stop_at_eos", "stream", "use_gpu", "caus", "", "compile "]
-    switches += ["resume", "deterministic", "compile", "json"]
+    switches += ["resume", "deterministic", "compile", "json", "linear_decay", "freeze_backbone"]
     argv = []
     if rng.random() < 0.8:
         argv += ["--option", rng.choice(("prompt", *TASKS))]
