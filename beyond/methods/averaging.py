@@ -13,14 +13,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from beyond.methods.ingredient import Ingredient
 from beyond.methods.weights import replaced
 
 
 class MovingAverage(Ingredient):
-    """Averages parameters; the averages are buffers, so the training checkpoint has them.
+    """Averages parameters; the training checkpoint has the averages too.
+
+    They are parameters that do not train, not buffers: several processes would send each other all
+    buffers in each step, and every process computes the same averages.
 
     Args:
         parameters: those that train. If there are low-rank updates, A and B are averaged, not their
@@ -32,21 +35,18 @@ class MovingAverage(Ingredient):
         super().__init__()
         self.parameters_of_run = tuple(parameters)  # a tuple is not saved
         self.decay = decay
-        for i, parameter in enumerate(parameters):
-            self.register_buffer(f"average_{i}", parameter.detach().clone())
-
-    @property
-    def averages(self) -> list[Tensor]:
-        """The averages, in the order of the parameters."""
-        return list(self.buffers())
+        self.averages = nn.ParameterList(
+            nn.Parameter(parameter.detach().clone(), requires_grad=False)
+            for parameter in parameters
+        )
 
     @torch.no_grad()
     def after_update(self) -> None:
         """Move the averages towards the weights."""
-        torch._foreach_lerp_(self.averages, self.parameters_of_run, 1 - self.decay)
+        torch._foreach_lerp_(list(self.averages), self.parameters_of_run, 1 - self.decay)
 
     @contextmanager
     def kept_weights(self) -> Iterator[None]:
         """Let the parameters have their averages, in the block."""
-        with replaced(self.parameters_of_run, self.averages):
+        with replaced(self.parameters_of_run, list(self.averages)):
             yield

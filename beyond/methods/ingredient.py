@@ -22,7 +22,8 @@ class Rows(NamedTuple):
 class Ingredient(nn.Module):
     """One addition to the plain recipe; what it does not override is left as it is.
 
-    Its buffers are saved in the training checkpoint.
+    The training checkpoint has its parameters and buffers. Only the parameters of
+    `parameter_groups` train.
     """
 
     def begin_step(self, step: int, total_steps: int) -> None:

@@ -31,15 +31,14 @@ class WiseFt(Ingredient):
         super().__init__()
         self.alpha = alpha
         self.fine_tuned = tuple(trained([classifier]))  # theta_1; a tuple is not saved
-        for i, parameter in enumerate(self.fine_tuned):
-            # Not in the training checkpoint, since a resumed run starts from the same file.
-            pretrained = parameter.detach().clone()
-            self.register_buffer(f"pretrained_{i}", pretrained, persistent=False)
+        # theta_0 is not saved either, since a resumed run starts from the same file.
+        self.pretrained = tuple(parameter.detach().clone() for parameter in self.fine_tuned)
 
     @contextmanager
     def kept_weights(self) -> Iterator[None]:
         """Let the classifier have the mixed weights, in the block."""
+        pairs = zip(self.pretrained, self.fine_tuned, strict=True)
         with torch.no_grad():
-            mixed = torch._foreach_lerp(list(self.buffers()), self.fine_tuned, self.alpha)
+            mixed = [old.to(new.device).lerp(new, self.alpha) for old, new in pairs]
         with replaced(self.fine_tuned, mixed):
             yield

@@ -82,7 +82,7 @@ def test_training_goes_on_from_the_weights_themselves(run_forks: RunForks, workp
     weights = states["ema"]["model"]
     for name, weight in states["plain"]["model"].items():
         assert torch.equal(weights.pop(name), weight), name
-    assert all(".average_" in name for name in weights)
+    assert all(".averages." in name for name in weights)
     assert len(weights) == len(list(make_classifier().parameters()))
     kept_weights = [saved(folder) for folder in folders.values()]
     assert not torch.equal(*(w["classifier_head.weight"] for w in kept_weights))
