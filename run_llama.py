@@ -353,10 +353,10 @@ def train(
                 optimizer.zero_grad()
                 # Faithful: divided by the nominal batch size, so a short last batch weighs less.
                 loss = run.backward(sum_of_losses, batch, divisor=options.batch_size)
-                method.before_update(optimizer)
+                gradient_norm = method.before_update(optimizer)
                 optimizer.step()
                 method.after_update()
-                run.log(loss)
+                run.log(loss, gradient_norm)
             totals = run.epoch_totals()
             if train_data.group_by_length:
                 print(f"train padding :: {1 - totals.tokens / totals.padded_tokens:.3f}")

@@ -153,7 +153,7 @@ def print_summary(
         scores: a split and what was measured on it, in words.
         files: that the task has written.
     """
-    last = run.options.epochs - 1
+    last = run.position.epoch - 1  # --patience may have ended the run early
     best = "unknown" if run.best_epoch is None else f"{run.best_epoch} (of 0 to {last})"
     names = ["files", *[""] * (len(files) - 1)]
     rows = [

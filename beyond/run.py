@@ -165,6 +165,8 @@ class TrainingRun[B: TrainingBatch]:
             is_last = self.position.epoch == self.options.epochs or not self.has_patience
             if self.options.save_every is None or is_last:
                 self.save()
+        if self.position.epoch < self.options.epochs:
+            print(f"stop: none of the last {self.options.patience} epochs was the best on dev")
 
     def batches(self) -> Iterator[B]:
         """Yield the batches of the epoch that are still to do.

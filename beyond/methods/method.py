@@ -6,63 +6,24 @@
 `after_update`. After each epoch the classifier is evaluated and saved within `kept_weights`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from beyond.methods.averaging import MovingAverage
 from beyond.methods.checkpoints import change_classifier
-from beyond.methods.options import MethodOptions
+from beyond.methods.frozen_backbone import FrozenBackbone
+from beyond.methods.ingredient import Ingredient, LossFn, Rows
+from beyond.methods.label_smoothing import smooth_labels
+from beyond.methods.lora import Lora
+from beyond.methods.schedules import GradientClipping, LearningRates, WeightDecay
+from beyond.methods.weights import trained
+from beyond.methods.wise_ft import WiseFt
+from beyond.options import FinetuneOptions
 from classifier import LlamaEmbeddingClassifier
-
-LossFn = Callable[[Tensor, Tensor], Tensor]  # from log-probabilities and labels, summed over rows
-
-
-class Rows(NamedTuple):
-    """Some rows of a batch."""
-
-    tokens: Tensor  # (rows, seq), int64, padded on the right
-    lengths: Tensor  # (rows,), int64
-    labels: Tensor  # (rows,), int64
-    lines: Tensor  # (rows,), int64: of the training file, from 0
-
-
-class Ingredient(nn.Module):
-    """One addition to the plain recipe; what it does not override is left as it is.
-
-    Its buffers are saved in the training checkpoint.
-    """
-
-    def begin_step(self, step: int, total_steps: int) -> None:
-        """Prepare for a step, from 0 to total_steps - 1."""
-
-    def loss(self, loss: Tensor, classifier: nn.Module, rows: Rows, log_probs: Tensor) -> Tensor:
-        """Return the loss to use instead of `loss`, summed over rows.
-
-        Args:
-            loss: so far, a scalar.
-            classifier: maps tokens and lengths to log-probabilities.
-            rows: of the batch, or of a micro-batch.
-            log_probs: (rows, num_labels), of one forward pass.
-        """
-        return loss
-
-    def parameter_groups(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return the optimizer's parameter groups to use instead of `groups`."""
-        return groups
-
-    def before_update(self, optimizer: Optimizer) -> None:
-        """Change gradients or learning rates before the optimizer's step."""
-
-    def after_update(self) -> None:
-        """Follow the weights after the optimizer's step."""
-
-    @contextmanager
-    def kept_weights(self) -> Iterator[None]:
-        """Let the classifier have the weights that are evaluated and saved, in the block."""
-        yield
 
 
 class Method(nn.Module):
@@ -107,10 +68,14 @@ class Method(nn.Module):
         for ingredient in self.ingredients:
             ingredient.begin_step(step, total_steps)
 
-    def before_update(self, optimizer: Optimizer) -> None:
-        """Change gradients or learning rates before the optimizer's step."""
-        for ingredient in self.ingredients:
-            ingredient.before_update(optimizer)
+    def before_update(self, optimizer: Optimizer) -> Tensor | None:
+        """Change gradients or learning rates before the optimizer's step.
+
+        Returns:
+            The norm of all gradients before they were changed, if an ingredient computed it.
+        """
+        norms = [ingredient.before_update(optimizer) for ingredient in self.ingredients]
+        return next((norm for norm in norms if norm is not None), None)
 
     def after_update(self) -> None:
         """Follow the weights after the optimizer's step."""
@@ -132,12 +97,16 @@ def sum_of_losses(method: nn.Module, *tensors: Tensor) -> Tensor:
 
 
 def build_method(
-    options: MethodOptions,
+    options: FinetuneOptions,
     classifier: LlamaEmbeddingClassifier,
     loss_fn: LossFn,
     prompt: str = "",
 ) -> Method:
     """Put together what the options ask for.
+
+    The order of the ingredients matters in two places. What chooses the parameters that train
+    (a frozen backbone, LoRA) comes before what sorts them into groups. The weights that are kept
+    are first averaged (EMA), then merged (LoRA), then mixed with the pretrained ones (WiSE-FT).
 
     Args:
         options: of the run.
@@ -149,4 +118,24 @@ def build_method(
         ValueError: an option does not fit the model.
     """
     classifier = change_classifier(options, classifier, prompt)
-    return Method(classifier, loss_fn)
+    ingredients: list[Ingredient] = []
+    if options.label_smoothing:
+        loss_fn = smooth_labels(loss_fn, options.label_smoothing)
+    if options.freeze_backbone:
+        ingredients.append(FrozenBackbone(classifier))
+    if options.lora_rank:
+        rank, alpha, matrices = options.lora_rank, options.lora_alpha, options.lora_matrices
+        ingredients.append(Lora(classifier, rank, alpha, matrices, options.seed))
+    if options.ema:
+        average = MovingAverage(trained([classifier, *ingredients]), options.ema)
+        ingredients.insert(0, average)
+    if options.wise_ft != 1:
+        ingredients.append(WiseFt(classifier, options.wise_ft))
+    if options.weight_decay:
+        ingredients.append(WeightDecay(options.weight_decay))
+    if options.warmup or options.linear_decay or options.layer_decay != 1:
+        rates = options.warmup, options.linear_decay, options.layer_decay
+        ingredients.append(LearningRates(classifier, *rates))
+    if options.max_grad_norm:
+        ingredients.append(GradientClipping(options.max_grad_norm))
+    return Method(classifier, loss_fn, ingredients)

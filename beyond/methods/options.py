@@ -84,17 +84,25 @@ class MethodOptions:
         type=dropout_probability,
     )
     warmup: float = flag(
-        "fraction of the steps in which the learning rate rises from 0", 0.0, type=fraction
+        "fraction of the steps in which the learning rate rises from 0 to --lr",
+        0.0,
+        type=fraction,
     )
-    linear_decay: bool = switch("let the learning rate fall linearly to 0")
+    linear_decay: bool = switch("let the learning rate fall linearly to 0 at the end")
     layer_decay: float = flag(
-        "multiply the learning rate by this number for each layer further from the head",
+        "multiply the learning rate by this number for each layer that lies nearer to the input",
         1.0,
         type=positive_fraction,
     )
-    weight_decay: float = flag("weight decay of all matrices", 0.0, type=non_negative)
+    weight_decay: float = flag(
+        "weight decay of all matrices: each step multiplies them by 1 - lr * this number",
+        0.0,
+        type=non_negative,
+    )
     max_grad_norm: float = flag(
-        "scale gradients down to this norm if theirs is larger; 0: never", 0.0, type=non_negative
+        "scale the gradients down if their norm is above this number; 0: never",
+        0.0,
+        type=non_negative,
     )
     ema: float = flag(
         "evaluate and keep a moving average of the weights with this decay per step; 0: off",
@@ -106,7 +114,9 @@ class MethodOptions:
         0,
         type=non_negative_int,
     )
-    freeze_backbone: bool = switch("train the head only (a linear probe)")
+    freeze_backbone: bool = switch(
+        "train the head only (a linear probe); the frozen backbone uses no dropout"
+    )
     lora_rank: int = flag(
         "train low-rank updates of this rank instead of the layers' matrices; 0: off",
         0,
@@ -145,6 +155,9 @@ class MethodOptions:
 
     def check_method(self) -> None:
         """Raise ValueError if two of the options contradict each other."""
+        for name in ("lora_alpha", "lora_matrices"):
+            if not self.lora_rank and getattr(self, name) != getattr(MethodOptions, name):
+                raise ValueError(f"--{name}: needs --lora_rank")
         adapts = "lora_rank" if self.lora_rank else "freeze_backbone"
         if self.lora_rank and self.freeze_backbone:
             raise ValueError("--lora_rank and --freeze_backbone: choose one of them")

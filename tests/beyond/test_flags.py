@@ -41,6 +41,7 @@ BASE = {
     ],
 }
 NEW = ["--tokenizer_path", "tokenizer.model", "--dim", "32", "--n_layers", "1", "--n_heads", "4"]
+LORA = ["--lora_rank", "2"]
 
 # Flags whose value changes the results of a run, by task: what to add to `BASE`.
 CHANGES: dict[tuple[str, str], list[str]] = {
@@ -85,6 +86,17 @@ CHANGES: dict[tuple[str, str], list[str]] = {
     ("finetune", "pooling"): ["--pooling", "mean"],
     ("finetune", "pool_layer"): ["--pool_layer", "1"],
     ("finetune", "head"): ["--head", "label_words", "--label-names", "short.json"],
+    ("finetune", "label_smoothing"): ["--label_smoothing", "0.3"],
+    ("finetune", "warmup"): ["--warmup", "1"],
+    ("finetune", "linear_decay"): ["--linear_decay"],
+    ("finetune", "layer_decay"): ["--layer_decay", "0.5"],
+    ("finetune", "weight_decay"): ["--weight_decay", "1"],
+    ("finetune", "max_grad_norm"): ["--max_grad_norm", "1e-3"],
+    ("finetune", "ema"): ["--ema", "0.5"],
+    ("finetune", "freeze_backbone"): ["--freeze_backbone"],
+    ("finetune", "lora_rank"): ["--lora_rank", "2"],
+    ("finetune", "lora_alpha"): [*LORA, "--lora_alpha", "4"],
+    ("finetune", "lora_matrices"): [*LORA, "--lora_matrices", "output"],
     ("pretrain", "seed"): ["--seed", "7"],
     ("pretrain", "pretrained_model_path"): ["--pretrained-model-path", "other.pt"],
     ("pretrain", "tokenizer_path"): ["--tokenizer_path", "other.model"],
@@ -126,6 +138,8 @@ SPECIAL: dict[str, str] = {
     "micro_batch_size": "test_micro_batch_size",
     "save_every": "test_save_every",
     "resume": "test_run.py",
+    "patience": "test_run.py",
+    "wise_ft": "methods/test_wise_ft.py",
     "seeds": "test_seeds.py",
     "no_trailing_space": "methods/test_zero_shot.py: the tokenizer here drops that space",
     **dict.fromkeys(OUTPUTS, "test_outputs_are_written_where_the_flags_say"),
@@ -211,8 +225,9 @@ def test_a_flag_changes_the_results(
 ) -> None:
     """Texts, scores, predictions or weights differ, and nothing but the flag makes them differ."""
     base, added = BASE[task], CHANGES[task, name]
-    if "--dim" in added:
-        base, added = [*base, *NEW], added[len(NEW) :]
+    for needed in (NEW, LORA):  # flags that the flag needs
+        if len(added) > len(needed) and added[: len(needed)] == needed:
+            base, added = [*base, *needed], added[len(needed) :]
     first, changed = base_outcome(tuple(base), capsys), outcome([*base, *added], capsys)
     first = {**first}
     if (task, name) != ("pretrain", "dev"):  # with one epoch, dev decides nothing

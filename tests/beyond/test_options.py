@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from beyond.command_line import get_args, parse
+from beyond.methods.options import matrix_list
 from beyond.options import (
     TASK_NAMES,
     TASKS,
@@ -106,7 +107,7 @@ def words_of(name: str) -> list[str]:
         return [word, str(defaults[0])]
     if "choices" in flag.parsing:
         return [word, flag.parsing["choices"][0]]
-    examples: dict[object, str] = {seed_list: "1,2", dropout_probability: "0.5"}
+    examples: dict[object, str] = {seed_list: "1,2", matrix_list: "key", dropout_probability: "0.5"}
     return [word, examples.get(flag.parsing.get("type"), "1")]
 
 

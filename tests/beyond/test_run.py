@@ -6,6 +6,7 @@ in `tests/sweeps/test_kill_points.py`.
 
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Callable
 from functools import partial
@@ -27,6 +28,7 @@ from tests.beyond.runs import (
     KILL,
     PRETRAIN,
     RUNS,
+    TERM,
     Job,
     RunForks,
     Strike,
@@ -311,6 +313,101 @@ def test_out_of_memory_is_one_line(
     assert err == (
         "run_llama.py: error: out of memory; compute fewer rows at a time with --micro_batch_size\n"
     )
+
+
+# -------------------------------------------------------------------------------------- early stop
+
+# A learning rate of 0 never changes the dev accuracy, so epoch 0 stays the best one.
+STOPPED = [*FINETUNE, "--lr", "0", "--patience", "2"]  # after epoch 2, which are 9 steps
+STOP = "stop: none of the last 2 epochs was the best on dev\n"
+
+
+def dev_accuracies(out: str) -> list[float]:
+    """Return the dev accuracy of each epoch of a run."""
+    return [float(x) for x in re.findall(r"^epoch .*dev acc :: (.*)", out, re.MULTILINE)]
+
+
+def epochs_with(patience: int, accuracies: list[float]) -> int:
+    """Return how many epochs a run has that stops `patience` epochs after its best one."""
+    best = 0
+    for epoch, accuracy in enumerate(accuracies):
+        if accuracy > accuracies[best]:
+            best = epoch
+        if epoch - best >= patience:
+            return epoch + 1
+    return len(accuracies)
+
+
+@pytest.mark.parametrize("patience", [1, 2, 3])
+def test_patience_ends_a_run_some_epochs_after_the_best_one(
+    workplace: Path, capsys: pytest.CaptureFixture[str], patience: int
+) -> None:
+    """Until then, epochs and learning rates are those of the whole run, and so is its best."""
+    argv = [*FINETUNE, "--epochs", "10", "--lr", "3e-3", "--warmup", "0.1", "--linear_decay"]
+    found = []
+    for flags in ([], ["--patience", str(patience)]):
+        shutil.rmtree("out", ignore_errors=True)
+        status, out, err = run([*argv, *flags], capsys)
+        assert status == 0, err
+        (folder,) = [path for path in Path("out").iterdir() if path.is_dir()]
+        rates = EventAccumulator(str(folder / "train")).Reload().Scalars("learning_rate")
+        found.append((out, [rate.value for rate in rates]))
+    (whole, all_rates), (out, rates) = found
+    accuracies = dev_accuracies(whole)
+    expected = epochs_with(patience, accuracies)
+    assert len(set(accuracies)) > 1 and patience < expected < 10  # it is not that simple
+    assert dev_accuracies(out) == accuracies[:expected]
+    assert rates == all_rates[: 3 * expected]
+    best = accuracies.index(max(accuracies[:expected]))
+    assert re.search(rf"best epoch +{best} \(of 0 to {expected - 1}\)\n", out)
+    assert out.count("stop: none of the last") == 1 and "stop:" not in whole
+
+
+def test_patience_that_does_not_run_out_changes_nothing(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, _ = run([*STOPPED, "--patience", "4"], capsys)
+    assert status == 0 and len(dev_accuracies(out)) == 4 and "stop:" not in out
+
+
+@pytest.mark.parametrize(
+    "strike",
+    [
+        Strike(KILL, "step", 7),  # epoch 2, one step after a save
+        Strike(TERM, "step", 9),
+        Strike(TERM, "eval", 30),  # epoch 2, the last one
+        Strike(TERM, "eval", 38),  # all epochs are done: the predictions of dev
+        Strike(TERM, "eval", 44),  # and of test
+        Strike(KILL, "replace", 12),
+    ],
+)
+def test_a_stopped_run_stays_stopped_when_it_is_resumed(
+    run_forks: RunForks, workplace: Path, strike: Strike
+) -> None:
+    argv = [*STOPPED, "--save_every", "2"]
+    expected = run_uninterrupted(run_forks, workplace, argv)
+    assert len(dev_accuracies(expected.out)) == 3 and STOP in expected.out
+    ends = strike_and_resume(run_forks, workplace, argv, strike, expected)
+    assert ends == (True, True)
+
+
+def test_a_run_interrupted_in_its_predictions_does_not_train_again(
+    run_forks: RunForks, workplace: Path
+) -> None:
+    ((status, _, _),) = run_forks([Job(STOPPED, workplace, Strike(TERM, "eval", 38))])
+    assert status == 128 + TERM
+    ((status, out, err),) = run_forks([Job([*STOPPED, "--resume"], workplace)])
+    assert status == 0, err
+    assert dev_accuracies(out) == [] and STOP in out and "test acc ::" in out
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_stop_after_the_same_epoch(
+    run_forks: RunForks, workplace: Path, processes: int
+) -> None:
+    ((status, out, err),) = run_forks([Job(STOPPED, workplace, processes=processes)])
+    assert status == 0, err
+    assert len(dev_accuracies(out)) == 3 and out.count(STOP) == 1
 
 
 # -------------------------------------------------------------------------------------- full disk

@@ -737,6 +737,10 @@ def arguments(rng: random.Random, inputs: Sequence[str], outputs: Sequence[str])
     words |= {"micro_batch_size": rng.choice(("1", "3", "-1"))}
     words |= {"pooling": rng.choice((*POOLINGS, "x")), "head": rng.choice((*HEADS, "x"))}
     words |= {"pool_layer": rng.choice(("1", "2", *ints))}
+    rates = ("label_smoothing", "warmup", "layer_decay", "weight_decay", "max_grad_norm", "ema")
+    words |= {name: rng.choice(floats) for name in (*rates, "lora_alpha", "wise_ft")}
+    words |= {"patience": rng.choice(ints), "lora_rank": rng.choice(("1", "8", "9999", *ints))}
+    words |= {"lora_matrices": rng.choice(("query", "w2,key", "query,query", "", "wq"))}
     files = ["pretrained-model-path", "tokenizer_path", "train", "dev", "test", "label-names"]
     files += ["input"]
     words |= {name: rng.choice(inputs) for name in files}
@@ -744,6 +748,7 @@ def arguments(rng: random.Random, inputs: Sequence[str], outputs: Sequence[str])
     words |= {name: rng.choice(outputs) for name in (*files, "test_out", "filepath", "output")}
     switches = ["causal", "no-causal", "stop_at_eos", "stream", "use_gpu", "caus", "", "compile "]
     switches += ["resume", "deterministic", "compile", "json", "calibrate", "no-trailing-space"]
+    switches += ["linear_decay", "freeze_backbone"]
     argv = []
     if rng.random() < 0.8:
         argv += ["--option", rng.choice(("prompt", *TASKS))]

@@ -1,0 +1,98 @@
+"""The moving average against its recurrence, and what it leaves alone."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from base_llama import load_safely
+from beyond.methods.averaging import MovingAverage
+from beyond.methods.method import Method
+from beyond.methods.weights import trained
+from run_llama import classification_loss
+from tests.beyond.methods.recipes import (
+    add_ingredient,
+    kept,
+    make_classifier,
+    saved,
+    train_steps,
+    weights_of,
+)
+from tests.beyond.runs import FINETUNE, Job, RunForks, assert_equal, copy_of, run
+
+
+def test_matches_the_recurrence() -> None:
+    """In NumPy's float64, over five steps of random weights."""
+    rng = np.random.default_rng(0)
+    parameter = torch.nn.Parameter(torch.tensor(rng.normal(size=(3, 4))).float())
+    average = MovingAverage([parameter], decay=0.7)
+    expected = parameter.detach().double().numpy()
+    for _ in range(5):
+        theta = rng.normal(size=(3, 4)).astype(np.float32)
+        with torch.no_grad():
+            parameter.copy_(torch.from_numpy(theta))
+        average.after_update()
+        expected = 0.7 * expected + 0.3 * theta
+    with average.kept_weights():
+        np.testing.assert_allclose(parameter.detach(), expected, atol=1e-6)
+    assert np.array_equal(parameter.detach(), theta)
+
+
+def test_kept_weights_are_averages_of_all_that_trains() -> None:
+    classifier = make_classifier()
+    history = [weights_of(classifier)]
+    method = Method(classifier, classification_loss, [MovingAverage(trained([classifier]), 0.5)])
+    follow = method.after_update
+
+    def record() -> None:
+        follow()
+        history.append(weights_of(classifier))
+
+    method.after_update = record  # type: ignore[method-assign]
+    train_steps(method, steps=2)
+    last = weights_of(classifier)
+    with method.kept_weights():
+        averages = weights_of(classifier)
+    for name, weight in averages.items():
+        start, first, second = (weights[name] for weights in history)
+        expected = 0.25 * start + 0.25 * first + 0.5 * second
+        torch.testing.assert_close(weight, expected, atol=1e-6, rtol=1e-6)
+        assert not torch.equal(weight, last[name])
+    assert all(torch.equal(w, last[name]) for name, w in weights_of(classifier).items())
+
+
+def test_decay_zero_keeps_the_last_weights_bit_for_bit(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = kept(FINETUNE)
+    add_ingredient(monkeypatch, lambda classifier: MovingAverage(trained([classifier]), 0.0))
+    averaged = kept(FINETUNE)
+    assert all(torch.equal(averaged[name], weight) for name, weight in plain.items())
+
+
+def test_training_goes_on_from_the_weights_themselves(run_forks: RunForks, workplace: Path) -> None:
+    """Weights and moments at the end are those of a plain run; the averages are saved with them."""
+    folders = {name: copy_of(workplace, name) for name in ("plain", "ema")}
+    argv = {"plain": FINETUNE, "ema": [*FINETUNE, "--ema", "0.8"]}
+    results = run_forks([Job(argv[name], folder) for name, folder in folders.items()])
+    assert [result.status for result in results] == [0, 0]
+    states = {name: load_safely(folder / "out/a.pt.state") for name, folder in folders.items()}
+    assert_equal(states["ema"]["optimizer"], states["plain"]["optimizer"])
+    weights = states["ema"]["model"]
+    for name, weight in states["plain"]["model"].items():
+        assert torch.equal(weights.pop(name), weight), name
+    assert all(".averages." in name for name in weights)
+    assert len(weights) == len(list(make_classifier().parameters()))
+    kept_weights = [saved(folder) for folder in folders.values()]
+    assert not torch.equal(*(w["classifier_head.weight"] for w in kept_weights))
+
+
+def test_averages_are_evaluated(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a decay of almost 1 every epoch has the accuracies of the untrained classifier."""
+    found = []
+    for flags in (["--lr", "0"], ["--lr", "1e-2", "--ema", "0.999999"]):
+        status, out, _ = run([*FINETUNE, *flags], capsys)
+        assert status == 0
+        found.append([line.partition(", train acc")[2] for line in out.splitlines()])
+    assert found[0] == found[1] and len({*found[0]} - {""}) == 1

@@ -1,0 +1,149 @@
+"""All ingredients that choose what trains, at which rate and what is kept, in one run."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from beyond.methods.averaging import MovingAverage
+from beyond.methods.frozen_backbone import FrozenBackbone
+from beyond.methods.lora import Lora
+from beyond.methods.method import Method
+from beyond.methods.schedules import GradientClipping, LearningRates, WeightDecay
+from beyond.methods.weights import derive_seed, trained
+from run_llama import classification_loss, main
+from tests.beyond.methods.recipes import (
+    curve,
+    kept,
+    make_classifier,
+    train_steps,
+    weights_of,
+)
+from tests.beyond.runs import (
+    FINETUNE,
+    KILL,
+    TERM,
+    Job,
+    RunForks,
+    Strike,
+    assert_close_results,
+    assert_equal,
+    copy_of,
+    run_uninterrupted,
+    strike_and_resume,
+)
+
+RATES = ["--warmup", "0.3", "--linear_decay", "--weight_decay", "0.1", "--max_grad_norm", "0.5"]
+RATES += ["--label_smoothing", "0.1"]
+METHODS = {
+    "layers": [*RATES, "--layer_decay", "0.7", "--ema", "0.6"],
+    "lora": [*RATES, "--lora_rank", "2", "--lora_matrices", "key,w2", "--ema", "0.6"],
+    "frozen": [*RATES, "--freeze_backbone", "--ema", "0.6"],
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_resumed_run_ends_as_if_it_had_not_been_interrupted(
+    run_forks: RunForks, workplace: Path, name: str
+) -> None:
+    """In a step, in the evaluation of the kept weights, while they are written, at a rename."""
+    argv = [*FINETUNE, *METHODS[name]]
+    expected = run_uninterrupted(run_forks, workplace, argv)
+    points = [
+        ([], Strike(TERM, "step", 8)),
+        ([], Strike(TERM, "eval", 30)),
+        ([], Strike(KILL, "write", 4)),
+        (["--save_every", "2"], Strike(KILL, "step", 7)),
+    ]
+    for flags, strike in points:
+        ends = strike_and_resume(run_forks, workplace, [*argv, *flags], strike, expected)
+        assert ends == (True, True), strike
+
+
+@pytest.mark.parametrize(("name", "processes"), [("layers", 3), ("lora", 2), ("frozen", 2)])
+def test_several_processes_compute_what_one_does(
+    run_forks: RunForks, workplace: Path, name: str, processes: int
+) -> None:
+    argv = [*FINETUNE, *METHODS[name], "--dropout", "0", "--hidden_dropout_prob", "0"]
+    argv += ["--lr", "1e-4", "--epochs", "2"]
+    assert main(argv) == 0
+    folder = copy_of(workplace, "several")
+    ((status, _, err),) = run_forks([Job(argv, folder, processes=processes)])
+    assert status == 0, err
+    assert_close_results(folder, workplace)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_micro_batches_train_alike(workplace: Path, name: str) -> None:
+    argv = [*FINETUNE, *METHODS[name], "--dropout", "0", "--hidden_dropout_prob", "0"]
+    argv += ["--lr", "1e-4", "--epochs", "2"]
+    whole, micro = (kept([*argv, *flags]) for flags in ([], ["--micro_batch_size", "1"]))
+    for tensor_name, weight in whole.items():
+        torch.testing.assert_close(micro[tensor_name], weight, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_head_and_data_order_depend_on_the_seed_alone(workplace: Path, name: str) -> None:
+    """So runs pair by seed: with a learning rate of 0 each step has the plain run's loss."""
+    argv = [*FINETUNE, "--epochs", "1", "--dropout", "0", "--lr", "0"]
+    kept(argv)
+    plain = curve("loss")
+    kept([*argv, *METHODS[name], "--label_smoothing", "0"])
+    assert curve("loss") == pytest.approx(plain, rel=1e-6)
+
+
+def test_averages_are_merged() -> None:
+    """Of LoRA, A and B are averaged, and their product is what the kept matrices have."""
+    classifier = make_classifier()
+    pretrained = weights_of(classifier)
+    lora = Lora(classifier, 3, 6.0, ("query",), seed=1)
+    average = MovingAverage(trained([classifier, lora]), 0.5)
+    method = Method(classifier, classification_loss, [average, lora])
+    train_steps(method)
+    with average.kept_weights():
+        a, b = (dict(lora.named_parameters())[f"updates.1.{x}"].detach().clone() for x in "ab")
+    name = "llama.layers.1.attention.compute_query.weight"
+    with method.kept_weights():
+        found = weights_of(classifier)[name]
+    torch.testing.assert_close(found, pretrained[name] + 2 * b @ a, atol=1e-6, rtol=1e-6)
+    assert b.any() and torch.equal(weights_of(classifier)[name], pretrained[name])
+
+
+def test_rates_and_decay_reach_the_updates() -> None:
+    """A and B are in the groups that are sorted by what comes after LoRA."""
+    classifier = make_classifier()
+    lora = Lora(classifier, 3, 6.0, ("query",), seed=1)
+    rates = LearningRates(classifier, warmup=1.0)
+    parts = [lora, WeightDecay(0.1), rates, GradientClipping(1.0)]
+    matrices, others = Method(classifier, classification_loss, parts).parameter_groups()
+    assert [tuple(p.shape) for p in matrices["params"]] == [(2, 48), *[(3, 48), (48, 3)] * 2]
+    assert [tuple(p.shape) for p in others["params"]] == [(2,)]
+    assert (matrices["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+
+
+def test_plain_runs_build_no_ingredient(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[Method] = []
+    init = Method.__init__
+
+    def record(self: Method, *args: object) -> None:
+        init(self, *args)  # type: ignore[arg-type]
+        built.append(self)
+
+    monkeypatch.setattr(Method, "__init__", record)
+    kept([*FINETUNE, "--epochs", "1"])
+    kept([*FINETUNE, "--epochs", "1", *METHODS["lora"]])
+    kinds = [[type(ingredient) for ingredient in method.ingredients] for method in built]
+    assert kinds == [[], [MovingAverage, Lora, WeightDecay, LearningRates, GradientClipping]]
+
+
+def test_seeds_of_different_purposes_differ() -> None:
+    seeds = {derive_seed(purpose, seed) for purpose in ("LoRA", "mixout") for seed in range(9)}
+    assert len(seeds) == 18
+    assert all(torch.Generator().manual_seed(seed) for seed in seeds)  # none is too large
+
+
+def test_trained_parameters_of_a_frozen_backbone() -> None:
+    classifier = make_classifier()
+    frozen = FrozenBackbone(classifier)
+    head = classifier.classifier_head
+    assert_equal([id(p) for p in trained([classifier, frozen])], [id(p) for p in head.parameters()])
