@@ -12,6 +12,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -73,6 +74,8 @@ def answer_at_once() -> None:
         is_first_of_machine = os.environ.get("LOCAL_RANK") == "0"
         if is_main or (isinstance(error, OSError) and is_first_of_machine):
             say(f"error: {describe_error(error)}")
+        else:
+            time.sleep(1)  # torchrun stops all processes after the first; let that print its line
         sys.exit(2)
 
 
