@@ -19,7 +19,12 @@ CHECKS = {"rope_test", "optimizer_test"}
 SCRIPTS = {"run_llama", "sanity_check"}  # may import everything
 FOLDERS = {"beyond", "data", "benchmarks", "tests"}
 PATHS = {path.stem: path for path in ROOT.glob("*.py")}
-PATHS |= {f"beyond.{path.stem}": path for path in (ROOT / "beyond").rglob("*.py")}
+# beyond.run, beyond.formats (its __init__.py), beyond.formats.load, ...
+PATHS |= {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in (ROOT / "beyond").rglob("*.py")
+    if path != ROOT / "beyond" / "__init__.py"
+}
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in PATHS.items()}
 ROOMS = {name for name in PATHS if name.startswith("beyond.")}
 
