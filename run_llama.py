@@ -34,6 +34,7 @@ from beyond.batches import Batch, LengthBatchSampler, shard_batches
 from beyond.classify import classify
 from beyond.command_line import get_args
 from beyond.decoding import prepare_for_decoding
+from beyond.formats.load import make_tokenizer
 from beyond.generation import DIVIDER, generate_texts, prepare_to_generate, read_prompt
 from beyond.options import FinetuneOptions, GenerateOptions, Options, PromptOptions
 from beyond.pretraining import pretrain
@@ -379,7 +380,7 @@ def test(
     options: FinetuneOptions, data: Mapping[str, LlamaDataset], runtime: Runtime
 ) -> dict[str, Evaluation]:
     """Predict dev and test with the best checkpoint of the run."""
-    model = broadcast_object(lambda: load_classifier(options.filepath))
+    model = broadcast_object(lambda: load_classifier(options.filepath, make_tokenizer))
     print(f"load model from {options.filepath}")
     model = prepare_model(model, runtime, options.compile)
     files = options.prediction_files

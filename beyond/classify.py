@@ -20,6 +20,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from beyond.batches import LengthBatchSampler
+from beyond.formats.load import load_tokenizer, make_tokenizer
 from beyond.interrupts import Interrupted
 from beyond.options import ClassifyOptions
 from beyond.processes import progress
@@ -190,7 +191,7 @@ def load(options: ClassifyOptions) -> Classifier:
     """
     path = options.filepath
     given_names = None if options.label_names is None else read_label_names(options.label_names)
-    model = load_classifier(path)
+    model = load_classifier(path, make_tokenizer)
     names, tokenizer = given_names or model.label_names, model.tokenizer
     missing = []
     if names is None:
@@ -212,11 +213,11 @@ def load(options: ClassifyOptions) -> Classifier:
         )
     max_len = options.max_sentence_len or (tokenizer.max_len if tokenizer else None)
     if options.tokenizer_path is not None:
-        tokenizer = Tokenizer(max_len, options.tokenizer_path)
+        tokenizer = load_tokenizer(max_len, options.tokenizer_path)
         check_vocabulary(tokenizer, options.tokenizer_path, model.llama, path)
     else:
         assert tokenizer is not None
-        tokenizer = Tokenizer(max_len, tokenizer.content)
+        tokenizer = make_tokenizer(max_len, tokenizer.content)
     print(f"load model from {path}")
     runtime = resolve_runtime(options, model.llama.config.causal)
     return Classifier(prepare_model(model, runtime, False), tokenizer, names, runtime)

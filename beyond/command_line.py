@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from beyond.demo import data_files, demo_folder, stand_in_note
+from beyond.formats.files import default_tokenizer
 from beyond.options import (
     CHECKPOINT,
     TASKS,
@@ -247,7 +248,8 @@ def fill_in_model(values: dict[str, Any]) -> None:
         values["pretrained_model_path"] = None
         return
     path = values.setdefault("pretrained_model_path", CHECKPOINT)
-    values.setdefault("tokenizer_path", str(Path(path).with_name(TOKENIZER)))
+    if "tokenizer_path" not in values:
+        values["tokenizer_path"] = default_tokenizer(path)
 
 
 def fill_in_data(values: dict[str, Any], task: str) -> None:
