@@ -111,8 +111,13 @@ class LlamaPreTrainedModel(nn.Module):
         write_checkpoint(path, {"model": weights, "model_args": self.config.to_model_args()})
 
 
-def load_safely(path: str | Path) -> Any:
+def load_safely(path: str | Path, mmap: bool = False) -> Any:
     """Read a file of `torch.save`, with tensors on the CPU; runs no code from the file.
+
+    Args:
+        path: of the file.
+        mmap: whether to map the tensors of a zip archive into memory instead of reading them. The
+            file must not be written to in place while they are used.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -127,7 +132,8 @@ def load_safely(path: str | Path) -> Any:
         _check_stored_sizes(path)  # its ValueError has no path; the last except adds it
         # PyTorch warns about unusual files; real problems raise an error.
         with warnings.catch_warnings(action="ignore"):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            mmap = mmap and zipfile.is_zipfile(path)  # files of the old format cannot be mapped
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such checkpoint") from None
     except PermissionError:
@@ -154,13 +160,19 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         isinstance(checkpoint.get(key), dict) for key in ("model", "model_args")
     ):
         raise ValueError(f'{path}: expected a dict that holds the dicts "model" and "model_args"')
-    # The tensors of a file can be views that share or repeat one storage, and copying them could
-    # fill the memory. A real checkpoint shares only the tied matrix, so more than twice the file's
-    # size is refused.
-    size = sum(value.nbytes for value in checkpoint["model"].values() if is_dense_float(value))
+    check_claimed_size(checkpoint["model"], path)
+    return checkpoint
+
+
+def check_claimed_size(weights: Mapping[str, Any], path: str | Path) -> None:
+    """Raise ValueError if the tensors of a file claim more than twice the size of the file.
+
+    They can be views that share or repeat one storage, and copying them could fill the memory. A
+    real checkpoint shares only the tied matrix.
+    """
+    size = sum(value.nbytes for value in weights.values() if is_dense_float(value))
     if size > 2 * Path(path).stat().st_size:
         raise ValueError(f"{path}: its tensors claim {size:,} bytes, more than the file holds")
-    return checkpoint
 
 
 def _check_stored_sizes(path: Path) -> None:
@@ -207,10 +219,11 @@ def parse_config(
         ValueError: `model_args` does not describe a Llama.
     """
     model_args = dict(checkpoint["model_args"])
-    if model_args.get("vocab_size") == -1:  # in Meta's files: as the tokenizer has it
+    vocab_size = model_args.get("vocab_size")
+    if isinstance(vocab_size, int) and vocab_size == -1:  # in Meta's files: as the tokenizer has it
         model_args["vocab_size"] = _vocab_size(checkpoint["model"])
     if model_args.get("tie_embeddings") is None:
-        model_args["tie_embeddings"] = _is_tied(checkpoint["model"])
+        model_args["tie_embeddings"] = is_tied(checkpoint["model"])
     try:
         config = LlamaConfig.from_model_args(model_args)
     except ValueError as error:
@@ -240,13 +253,15 @@ def _vocab_size(weights: Mapping[str, Any]) -> int | None:
     return next((len(tensor) for tensor in _tied_tensors(weights) if tensor.dim() == 2), None)
 
 
-def _is_tied(weights: Mapping[str, Any]) -> bool:
+def is_tied(weights: Mapping[str, Any]) -> bool:
     """Return whether embedding and output are tied in a file whose `model_args` do not say it."""
     # Faithful: the assignment's model ties them whatever its file holds.
     if any(ASSIGNMENT_NAME in str(name) for name in weights):
         return True
     tensors = _tied_tensors(weights)
-    return len(tensors) < 2 or torch.equal(*(tensor.float() for tensor in tensors))
+    if len({tensor.dtype for tensor in tensors}) > 1:  # else compared as stored, without a copy
+        tensors = [tensor.float() for tensor in tensors]
+    return len(tensors) < 2 or torch.equal(*tensors)
 
 
 def parse_weights(

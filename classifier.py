@@ -217,7 +217,7 @@ def load_classifier(
         model = LlamaEmbeddingClassifier(config, Llama(llama_config), label_names, tokenizer)
     if "method" in values:
         model = apply_method(model, values["method"], path)
-    load_strictly(model, parse_weights(checkpoint, path, llama_config.tie_embeddings), path)
+    load_strictly(model, parse_weights(checkpoint, path), path)
     model.llama.tie_weights()  # loading gave each of the two names its own parameter
     return model.eval()
 
@@ -294,7 +294,7 @@ def parse_tokenizer(
         tokenizer = make_tokenizer(max_len, content.numpy().tobytes())
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    if tokenizer.n_words != vocab_size:
+    if not tokenizer.fits(vocab_size):
         raise ValueError(
             f"{path}: the tokenizer has a vocabulary of {tokenizer.n_words}, but the model's is "
             f"{vocab_size}"

@@ -33,7 +33,7 @@ class Tokenizer:
     """A SentencePiece model with the assignment's conventions.
 
     A tokenizer of another kind is a subclass that overrides `__init__`, `encode_text`, `decode`,
-    `label_tokens` and `files`.
+    `label_tokens`, `fits` and `files`.
 
     Args:
         max_len: the number of pieces that `encode` keeps, BOS and EOS not counted; None: all.
@@ -138,6 +138,10 @@ class Tokenizer:
         """Return the tokens of a label word that follows a prompt."""
         # Faithful: the word is tokenized alone, with the space that SentencePiece puts before it.
         return self.encode(label, bos=False, eos=False)
+
+    def fits(self, vocab_size: int) -> bool:
+        """Return whether the tokenizer can be that of a model with a vocabulary of this size."""
+        return self.n_words == vocab_size
 
     def files(self) -> dict[str, bytes]:
         """Return the files, by name, from which the tokenizer can be made again."""

@@ -20,6 +20,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from beyond.batches import LengthBatchSampler
+from beyond.formats.load import load_tokenizer, make_tokenizer
 from beyond.interrupts import Interrupted
 from beyond.methods.checkpoints import input_tokenizer, load_any_classifier
 from beyond.options import ClassifyOptions
@@ -213,11 +214,11 @@ def load(options: ClassifyOptions) -> Classifier:
         )
     max_len = options.max_sentence_len or (tokenizer.max_len if tokenizer else None)
     if options.tokenizer_path is not None:
-        tokenizer = Tokenizer(max_len, options.tokenizer_path)
+        tokenizer = load_tokenizer(max_len, options.tokenizer_path)
         check_vocabulary(tokenizer, options.tokenizer_path, model.llama, path)
     else:
         assert tokenizer is not None
-        tokenizer = Tokenizer(max_len, tokenizer.content)
+        tokenizer = make_tokenizer(max_len, tokenizer.content)
     print(f"load model from {path}")
     tokenizer = input_tokenizer(model, tokenizer)
     runtime = resolve_runtime(options, model.llama.config.causal)

@@ -12,12 +12,14 @@ import os
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, cast
 
 from beyond.demo import data_files, demo_folder, stand_in_note
+from beyond.formats.files import default_tokenizer
 from beyond.options import (
     CHECKPOINT,
     TASKS,
@@ -73,6 +75,8 @@ def answer_at_once() -> None:
         is_first_of_machine = os.environ.get("LOCAL_RANK") == "0"
         if is_main or (isinstance(error, OSError) and is_first_of_machine):
             say(f"error: {describe_error(error)}")
+        else:
+            time.sleep(1)  # torchrun stops all processes after the first; let that print its line
         sys.exit(2)
 
 
@@ -244,7 +248,8 @@ def fill_in_model(values: dict[str, Any]) -> None:
         values["pretrained_model_path"] = None
         return
     path = values.setdefault("pretrained_model_path", CHECKPOINT)
-    values.setdefault("tokenizer_path", str(Path(path).with_name(TOKENIZER)))
+    if "tokenizer_path" not in values:
+        values["tokenizer_path"] = default_tokenizer(path)
 
 
 def fill_in_data(values: dict[str, Any], task: str) -> None:

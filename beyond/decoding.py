@@ -172,7 +172,7 @@ class DecodingHead:
     """The output projection; in bfloat16 it computes the highest logits again in float32.
 
     A bfloat16 logit between 8 and 16 is a multiple of 1/16, so that at one in fifty of the demo's
-    positions two tokens share the highest logit. Reading a few rows of the float32 embeddings costs
+    positions two tokens share the highest logit. Reading a few rows of the float32 matrix costs
     little.
 
     Args:

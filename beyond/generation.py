@@ -152,7 +152,8 @@ def decode_stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
     """Yield the text of token ids as they come, in parts that join to `tokenizer.decode(ids)`.
 
     A part is held back while it ends within a character: a character may take several byte pieces,
-    and until all of them have come, decoding gives U+FFFD.
+    and until all of them have come, decoding gives U+FFFD. (If bytes never become a character, a
+    `tokenizer.json` with byte pieces gives U+FFFD for those before them too, and the join differs.)
     """
     tokens: list[int] = []
     # SentencePiece drops a leading space, so a part is decoded together with the part before it,

@@ -26,6 +26,7 @@ from beyond.flags import (
     switch,
     thread_count,
 )
+from beyond.formats.files import model_files
 from beyond.methods.options import MethodOptions, ZeroShotOptions
 from config import LlamaConfig
 from utils import at_least_one
@@ -49,8 +50,8 @@ def split_metadata(split: str) -> dict[str, Flag]:
 TRAIN, DEV = split_metadata("train"), split_metadata("dev")
 TOKENIZER_PATH = {
     "flag": Flag(
-        "SentencePiece model (default: tokenizer.model in the checkpoint's folder; for classify: "
-        "the one in the classifier's checkpoint)"
+        "SentencePiece model, tokenizer.json or llama2.c's tokenizer.bin (default: the one in the "
+        "checkpoint's folder; for classify: the one in the classifier's checkpoint)"
     )
 }
 LABEL_NAMES = {
@@ -143,13 +144,14 @@ class ModelOptions(TaskOptions):
 
     seed: int = flag("random seed", 1337, type=seed_number)
     pretrained_model_path: str | None = flag(  # None: pretraining starts with a new model
-        f"checkpoint (default: {CHECKPOINT}; if that is missing, the demo's)",
+        f"checkpoint: a .pt file, llama2.c's .bin, or a folder of Hugging Face or Meta (default: "
+        f"{CHECKPOINT}; if that is missing, the demo's)",
         spelling="pretrained-model-path",
     )
     tokenizer_path: str = field(metadata=TOKENIZER_PATH)
     causal: bool | None = flag(  # None: the checkpoint decides
         "causal attention, and classify from each sentence's last token (default: from the "
-        "checkpoint; off if the checkpoint does not say)",
+        "checkpoint; on for llama2.c's .bin and for folders; off if a .pt does not say)",
         None,
         recorded=False,  # the mode in force is recorded, see runtime.py
         action=argparse.BooleanOptionalAction,
@@ -164,7 +166,8 @@ class ModelOptions(TaskOptions):
     def input_files(self) -> tuple[str, ...]:
         """The files that the task reads."""
         data = [path for name in self.reads for path in as_tuple(getattr(self, name))]
-        return tuple(filter(None, (self.checkpoint, self.tokenizer_path, *data)))
+        model = () if self.checkpoint is None else model_files(self.checkpoint)
+        return (*model, self.tokenizer_path, *data)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beyond.batches import shard_batches
+from beyond.formats.load import load_tokenizer, write_tokenizer
 from beyond.logs import write_completion
 from beyond.options import PretrainOptions
 from beyond.processes import gather, is_main_process
@@ -31,7 +31,7 @@ from config import LlamaConfig
 from llama import Llama
 from optimizer import AdamW
 from tokenizer import Tokenizer
-from utils import open_atomically, read_documents
+from utils import read_documents
 
 WARM_UP = 0.05  # fraction of the steps in which the learning rate rises to its peak
 FINAL_LR = 0.1  # fraction of the peak that is left at the end
@@ -53,7 +53,8 @@ def pretrain(options: PretrainOptions) -> None:
     block_size = llama.config.max_seq_len
     dev_blocks = pack(dev_documents, block_size, "--dev")
     tokens_per_byte = count_tokens_per_byte(dev_documents, tokenizer)
-    copy_tokenizer(options.tokenizer_path, options.filepath)
+    if is_main_process():
+        write_tokenizer(tokenizer, options.filepath)
     model = prepare_model(NextTokenLoss(llama), runtime, options.compile)
     make_loader = partial(BlockLoader, train_documents, block_size)
     with start_run(model, make_optimizer(llama), make_loader, options.run, runtime) as run:
@@ -179,7 +180,7 @@ def make_model(options: PretrainOptions) -> tuple[Llama, Tokenizer, Runtime]:
     """Make a new model on the CPU, or load the checkpoint; with its tokenizer and runtime."""
     if not options.shape:
         return load_model(options, options.dropout, options.max_seq_len)
-    tokenizer = Tokenizer(options.max_sentence_len, options.tokenizer_path)
+    tokenizer = load_tokenizer(options.max_sentence_len, options.tokenizer_path)
     config = LlamaConfig(
         vocab_size=tokenizer.n_words,
         **options.shape,  # type: ignore[arg-type]  # sizes only
@@ -188,26 +189,6 @@ def make_model(options: PretrainOptions) -> tuple[Llama, Tokenizer, Runtime]:
         causal=True,
     )
     return Llama(config), tokenizer, resolve_runtime(options, causal=True)
-
-
-def copy_tokenizer(tokenizer_path: str, filepath: str) -> None:
-    """Copy the tokenizer into the folder of the checkpoint, where `run_llama.py` looks for it.
-
-    Raises:
-        ValueError: the folder holds another tokenizer.
-    """
-    if not is_main_process():
-        return
-    target = Path(filepath).with_name("tokenizer.model")
-    model = Path(tokenizer_path).read_bytes()
-    if not target.exists():
-        with open_atomically(target, "wb") as file:
-            file.write(model)
-    elif target.read_bytes() != model:
-        raise ValueError(
-            f"{target}: is another tokenizer than {tokenizer_path}; each checkpoint needs its own "
-            "in its folder, so choose another folder for --filepath"
-        )
 
 
 def make_optimizer(llama: Llama) -> AdamW:

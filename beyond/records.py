@@ -13,6 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from beyond.formats.files import model_fingerprint
 from beyond.options import FinetuneOptions, ModelOptions, TaskOptions, record_path
 from utils import Evaluation, fingerprint, open_atomically, read_label_names
 
@@ -42,7 +43,7 @@ def describe_checkpoint(path: str | None) -> dict[str, Any]:
     """Return the name and the SHA-256 of the checkpoint that a result was made with."""
     if path is None:
         return {"checkpoint": None, "checkpoint SHA-256": None}  # a new model
-    return {"checkpoint": path, "checkpoint SHA-256": fingerprint(path)}
+    return {"checkpoint": path, "checkpoint SHA-256": model_fingerprint(path)}
 
 
 def write_record(path: str | Path, record: Mapping[str, Any], **scores: float) -> None:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from beyond.command_line import environment, say
-from beyond.options import ModelOptions, TaskOptions
+from beyond.formats.load import load_llama, load_tokenizer
+from beyond.options import EvaluationOptions, ModelOptions, TaskOptions
 from beyond.records import describe_run
-from llama import Llama, load_pretrained
+from llama import Llama
 from tokenizer import Tokenizer
 
 
@@ -87,16 +88,20 @@ def load_model(
     """
     path = options.pretrained_model_path
     assert path is not None, "the options ask for a new model"
-    tokenizer = Tokenizer(options.max_sentence_len, options.tokenizer_path)
-    llama = load_pretrained(path, options.causal, dropout, max_seq_len)
+    tokenizer = load_tokenizer(options.max_sentence_len, options.tokenizer_path)
+    llama = load_llama(path, options.causal, dropout, max_seq_len)
     check_vocabulary(tokenizer, options.tokenizer_path, llama, path)
     print(f"load model from {path}")
-    return llama, tokenizer, resolve_runtime(options, llama.config.causal)
+    runtime = resolve_runtime(options, llama.config.causal)
+    if isinstance(options, EvaluationOptions) and not runtime.causal:
+        # In causal mode padding changes no result.
+        print(f"pads with {tokenizer.pad_piece} (id {tokenizer.pad_id})")
+    return llama, tokenizer, runtime
 
 
 def check_vocabulary(tokenizer: Tokenizer, tokenizer_path: str, llama: Llama, path: str) -> None:
-    """Raise ValueError unless a tokenizer has as many pieces as a checkpoint's vocabulary."""
-    if tokenizer.n_words != llama.config.vocab_size:
+    """Raise ValueError unless a tokenizer fits a checkpoint's vocabulary."""
+    if not tokenizer.fits(llama.config.vocab_size):
         raise ValueError(
             f"{tokenizer_path}: has a vocabulary of {tokenizer.n_words}, but that of {path} is "
             f"{llama.config.vocab_size}; use the checkpoint's own tokenizer (--tokenizer_path)"

@@ -1,7 +1,8 @@
 """Fetch the missing files of the assignment; each is checked before it is put in place.
 
-    uv run python data/download.py                    fetch all files
+    uv run python data/download.py                    fetch all files of the assignment
     uv run python data/download.py data/sst-dev.txt   fetch one file
+    uv run python data/download.py stories260K        fetch a small model that writes real stories
     uv run python data/download.py --from DIR_OR_URL  fetch from another place with the same layout
 
 A file is written to a part file (`<name>.part` or `<name>.hub.part`) and renamed to `<name>` when
@@ -37,7 +38,7 @@ CHECKPOINT = "stories42M.pt"
 COURSE_COMMIT = "2951cddba218b7ddfe69295b77ad51a05107d384"
 COURSE_URL = f"https://raw.githubusercontent.com/neubig/minllama-assignment/{COURSE_COMMIT}"
 HUB_COMMIT = "58e1696980dcbdf80b2dfe876819104a174f5e78"
-HUB_URL = f"https://huggingface.co/karpathy/tinyllamas/resolve/{HUB_COMMIT}"
+HUB_URL = "https://huggingface.co/karpathy/tinyllamas/resolve"
 
 TIMEOUT = 10.0  # seconds to wait for a connection, and for each next byte
 LIMIT = 3 * TIMEOUT  # seconds for one step (connect, or read a chunk), even if bytes keep coming
@@ -84,9 +85,24 @@ FILES = (
         "fbe124df8794c2e033432c22b59cff64485455b4644046c52a456d0bbd8859fe",
         166_787_298,
         CHECKPOINT,
-        HUB_URL,
+        f"{HUB_URL}/{HUB_COMMIT}",
         ".hub.part",
     ),
+)
+# Small models, which are fetched only if they are named; from a branch of the Hub, so the SHA-256
+# decides. stories15M.pt is put beside the course's tokenizer.model, which is also its own.
+MODEL_FILES = """\
+b0a507e7ad0f626624f17112325e66691f9076d622e1d3274d103d00299f2696 1056540 stories260K/model.bin
+037cb335abb25d1fa9e8ecae30ed2a3a8ace9302862ebcdc05d51a6bbb10c312 6227 stories260K/tokenizer.bin
+3da00c0fef684f3f83b457736837c46ab55e92a26662b61d6104de2d271c708d 60789090 stories15M.pt
+"""
+HUB_NAMES = {  # where the name on the Hub is another one
+    "stories260K/model.bin": "stories260K/stories260K.bin",
+    "stories260K/tokenizer.bin": "stories260K/tok512.bin",
+}
+MODELS = tuple(
+    PinnedFile(sha256, int(size), name, f"{HUB_URL}/main")
+    for sha256, size, name in map(str.split, MODEL_FILES.splitlines())
 )
 
 
@@ -194,6 +210,19 @@ def open_url(url: str, offset: int = 0) -> tuple[HTTPResponse, int, int | None]:
     return response, 0, int(length) if re.fullmatch(r"\d{1,18}", length) else None
 
 
+def find_url(pinned: PinnedFile, source: str | None) -> str:
+    """Return a file's address; a --from source may also have a model of the Hub in llama2c/."""
+    hub_name = HUB_NAMES.get(pinned.name, pinned.name)
+    if source is None:
+        return f"{pinned.base_url}/{hub_name}"
+    if hub_name != pinned.name:
+        url = f"{source}/llama2c/{Path(hub_name).name}"
+        with suppress(SourceError, OSError, HTTPException):
+            open_url(url)[0].close()
+            return url
+    return f"{source}/{pinned.name}"
+
+
 def receive(url: str, pinned: PinnedFile, part: Path) -> str:
     """Receive the rest of a file into its part file; return why the transfer ended.
 
@@ -290,11 +319,11 @@ def fetch_first(source: str | None, versions: Sequence[PinnedFile], target: Path
     if source and len(versions) > 1:
         size = None
         with suppress(OSError, HTTPException):  # `fetch` gets the same error and reports it
-            stream, _, size = open_url(f"{source}/{versions[0].name}")
+            stream, _, size = open_url(find_url(versions[0], source))
             stream.close()
         versions = [pinned for pinned in versions if pinned.size == size] or versions[:1]
     *preferred, (last_url, last_version) = [
-        (f"{source or pinned.base_url}/{pinned.name}", pinned) for pinned in versions
+        (find_url(pinned, source), pinned) for pinned in versions
     ]
     for url, version in preferred:
         try:
@@ -305,17 +334,22 @@ def fetch_first(source: str | None, versions: Sequence[PinnedFile], target: Path
 
 
 def run(names: Sequence[str], source: str | None, root: Path) -> None:
-    """Fetch the named files (all if there are no names) that are missing in the folder `root`.
+    """Fetch the files, or files of folders, that are named and missing in the folder `root`.
+
+    No names mean all files of the assignment.
 
     Raises ValueError if an argument or an existing file is wrong, SourceError if a file cannot be
     fetched, and OSError if it cannot be written.
     """
     versions_of: dict[str, list[PinnedFile]] = {}
-    for pinned in FILES:
+    for pinned in (*FILES, *MODELS):
         versions_of.setdefault(pinned.name, []).append(pinned)
+    requested = [] if names else [pinned.name for pinned in FILES]
     for name in names:
-        if name not in versions_of:
+        found = [known for known in versions_of if f"{known}/".startswith(f"{name.rstrip('/')}/")]
+        if not found:
             raise ValueError(f"{name}: unknown file, expected one of: {', '.join(versions_of)}")
+        requested += found
     if source and re.match("https?://", source, re.IGNORECASE):
         source = source.rstrip("/")
     elif source is not None:
@@ -325,7 +359,7 @@ def run(names: Sequence[str], source: str | None, root: Path) -> None:
     if root.exists() and not root.is_dir():
         raise ValueError(f"--to {root}: not a folder")
 
-    requested = list(dict.fromkeys(names or versions_of))
+    requested = list(dict.fromkeys(requested))
     missing = [name for name in requested if not is_in_place(root / name, versions_of[name])]
     fetched = still_missing = 0
     for name in missing:
@@ -358,10 +392,17 @@ class OneLineParser(argparse.ArgumentParser):
 
 def get_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line; raise ValueError if it is wrong."""
-    parser = OneLineParser(
-        prog="download.py", description="Fetch the missing files of the assignment."
+    course_files, models = (
+        "".join(f"  {p.name:<30}{p.size:>12,}  {p.base_url.split('/')[2]}\n" for p in files)
+        for files in (FILES, MODELS)
     )
-    text = "the file to fetch, for example data/sst-dev.txt (default: all files)"
+    parser = OneLineParser(
+        prog="download.py",
+        description="Fetch the missing files of the assignment, or a small model.",
+        epilog=f"the assignment's files, in bytes:\n{course_files}\nonly if named:\n{models}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    text = "a file or folder, such as data/sst-dev.txt or stories260K (default: the assignment's)"
     parser.add_argument("names", nargs="*", metavar="FILE", help=text)
     text = (
         "fetch from this folder or http(s) address, which has the same layout "

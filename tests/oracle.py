@@ -24,7 +24,7 @@ def numpy_forward(llama: Llama, tokens: Tensor) -> tuple[np.ndarray, np.ndarray]
         d = config.head_dim
         matrix = np.zeros((d, d))
         for i in range(d // 2):
-            angle = position * 10000.0 ** (-2 * i / d)
+            angle = position * config.rope_theta ** (-2 * i / d)
             block = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
             matrix[2 * i : 2 * i + 2, 2 * i : 2 * i + 2] = block
         return matrix
@@ -78,7 +78,8 @@ def hugging_face_config(config: LlamaConfig) -> HuggingFaceConfig:
         num_key_value_heads=config.n_kv_heads,
         max_position_embeddings=config.max_seq_len,
         rms_norm_eps=config.layer_norm_eps,
-        tie_word_embeddings=True,
+        rope_theta=config.rope_theta,  # type: ignore[call-arg]  # version 5 converts it
+        tie_word_embeddings=config.tie_embeddings,
         pad_token_id=None,
         bos_token_id=1,
         eos_token_id=2,

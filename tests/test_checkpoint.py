@@ -17,7 +17,8 @@ from torch import Tensor
 
 from base_llama import write_checkpoint
 from llama import Llama, load_pretrained
-from tests.conftest import save_llama
+from tests.conftest import make_llama, save_llama
+from tests.oracle import numpy_forward
 
 TOKENS = torch.tensor([[1, 20, 300, 4, 55]])
 
@@ -49,18 +50,73 @@ def test_saved_file_holds_each_weight_once(llama: Llama, tmp_path: Path) -> None
     assert (tmp_path / "model.pt").stat().st_size < 4 * count + 30_000
 
 
-@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+PREFIXES = ["", "_orig_mod.", "module.", "_orig_mod.module.", "module._orig_mod."]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
 def test_names_of_llama2c(llama: Llama, tmp_path: Path, prefix: str) -> None:
-    """Hub's file: wq, wk, wv, wo, norm_eps for layer_norm_eps, and more keys beside the two."""
+    """Hub's file: wq, wk, wv, wo, norm_eps for layer_norm_eps, and more keys beside the two.
+
+    The prefixes are those of a compiled and of a parallel model.
+    """
     checkpoint = checkpoint_of(llama)
     args = checkpoint["model_args"]
     args["norm_eps"] = args.pop("layer_norm_eps")
-    del args["causal"], args["hidden_dim"]
+    for name in ("causal", "hidden_dim", "rope_theta", "tie_embeddings"):
+        del args[name]
     weights = checkpoint["model"].items()
     checkpoint["model"] = {prefix + llama2c_name(name): tensor for name, tensor in weights}
     checkpoint |= {"optimizer": {"state": {}}, "iter_num": 7, "best_val_loss": torch.tensor(0.8)}
     write_checkpoint(tmp_path / "model.pt", checkpoint)
+    loaded = load_pretrained(tmp_path / "model.pt")
+    assert loaded.config == llama.config
+    assert torch.equal(loaded(TOKENS)[0], llama(TOKENS)[0])
+
+
+def test_a_name_with_and_without_prefix_is_named(llama: Llama, tmp_path: Path) -> None:
+    checkpoint = checkpoint_of(llama)
+    checkpoint["model"]["module.norm.weight"] = torch.ones(48)
+    write_checkpoint(tmp_path / "model.pt", checkpoint)
+    with pytest.raises(ValueError, match=r"model\.pt: two tensors are named norm\.weight"):
+        load_pretrained(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_stored_masks_and_tables_are_not_read(
+    llama: Llama, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """As llama2.c and Meta store them; a mask holds -inf."""
+    checkpoint = checkpoint_of(llama)
+    weights = {llama2c_name(name): tensor for name, tensor in checkpoint["model"].items()}
+    mask = torch.full((1, 1, 128, 128), -math.inf).triu(1).to(dtype)
+    weights |= {f"layers.{i}.attention.mask": mask.clone() for i in range(2)}
+    weights |= {"freqs_cos": torch.ones(128, 4), "rope.freqs": torch.ones(4)}
+    checkpoint["model"] = {f"_orig_mod.{name}": tensor for name, tensor in weights.items()}
+    write_checkpoint(tmp_path / "model.pt", checkpoint)
     assert torch.equal(load_pretrained(tmp_path / "model.pt")(TOKENS)[0], llama(TOKENS)[0])
+
+
+@pytest.mark.parametrize("name", ["tok_embeddings.weight", "output.weight"])
+def test_model_args_of_meta(llama: Llama, tmp_path: Path, name: str) -> None:
+    """A vocabulary of -1 is that of either matrix; max_batch_size means nothing here."""
+    checkpoint = checkpoint_of(llama)
+    checkpoint["model_args"] |= {"vocab_size": -1, "max_batch_size": 32}
+    del checkpoint["model"][name]
+    write_checkpoint(tmp_path / "model.pt", checkpoint)
+    loaded = load_pretrained(tmp_path / "model.pt")
+    assert loaded.config == llama.config and loaded.config.vocab_size == 320
+    assert torch.equal(loaded(TOKENS)[0], llama(TOKENS)[0])
+
+
+@pytest.mark.parametrize("vocab_size", [-2, 0, -1.0, torch.tensor(-1), -torch.ones(3)])
+def test_other_vocabularies_below_one_are_errors(
+    llama: Llama, tmp_path: Path, vocab_size: Any
+) -> None:
+    checkpoint = checkpoint_of(llama)
+    checkpoint["model_args"]["vocab_size"] = vocab_size
+    write_checkpoint(tmp_path / "model.pt", checkpoint)
+    with pytest.raises(ValueError, match=r"model\.pt: model_args: vocab_size=.* is not a whole"):
+        load_pretrained(tmp_path / "model.pt")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -76,19 +132,64 @@ def test_other_storage_is_computed_in_float32(
     assert torch.equal(loaded(TOKENS)[0], expected(TOKENS)[0])
 
 
-def test_output_wins_over_another_embedding(
-    llama: Llama, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("theirs", [False, True])
+@pytest.mark.parametrize("differ", [False, True])
+@pytest.mark.parametrize("field", [None, False, True, "missing"])
+def test_which_files_are_tied(
+    llama: Llama,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    theirs: bool,
+    differ: bool,
+    field: bool | str | None,
 ) -> None:
+    """The field decides; without it, a file under the assignment's names is tied, and any other one
+    (`theirs`) if its matrices are equal. If they differ, a tied model uses output, with a warning.
+    """
     checkpoint = checkpoint_of(llama)
-    write_checkpoint(tmp_path / "same.pt", checkpoint)
-    checkpoint["model"]["tok_embeddings.weight"] += 1
-    write_checkpoint(tmp_path / "other.pt", checkpoint)
+    weights = checkpoint["model"]
+    embeddings, output = weights["tok_embeddings.weight"], weights["output.weight"]
+    embeddings += differ
+    if theirs:
+        checkpoint["model"] = {f"module.{llama2c_name(n)}": t for n, t in weights.items()}
+    checkpoint["model_args"]["tie_embeddings"] = field
+    if field == "missing":
+        del checkpoint["model_args"]["tie_embeddings"]
+    write_checkpoint(tmp_path / "model.pt", checkpoint)
     with caplog.at_level(logging.WARNING):
-        load_pretrained(tmp_path / "same.pt")
-        assert not caplog.messages
-        loaded = load_pretrained(tmp_path / "other.pt")
-    assert "tok_embeddings.weight and output.weight differ; output.weight is used" in caplog.text
-    assert torch.equal(loaded(TOKENS)[0], llama(TOKENS)[0])
+        loaded = load_pretrained(tmp_path / "model.pt")
+    tied = field if isinstance(field, bool) else not (theirs and differ)
+    assert loaded.config.tie_embeddings is tied
+    assert (loaded.tok_embeddings.weight is loaded.output.weight) is tied
+    assert torch.equal(loaded.output.weight, output)
+    assert torch.equal(loaded.tok_embeddings.weight, output if tied else embeddings)
+    warning = "tok_embeddings.weight and output.weight differ; output.weight is used"
+    assert caplog.text.count(warning) == len(caplog.messages) == (tied and differ)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_untied_round_trip(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Both matrices are stored and read, and the forward pass uses each in its place."""
+    llama = make_llama(False, tie_embeddings=False, rope_theta=500000.0).to(dtype).float()
+    llama.save_pretrained(tmp_path / "model.pt", dtype)
+    loaded = load_pretrained(tmp_path / "model.pt")
+    assert loaded.config == llama.config and not loaded.config.tie_embeddings
+    for name, parameter in llama.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), parameter)
+    assert not torch.equal(loaded.tok_embeddings.weight, loaded.output.weight)
+    logits, hidden = loaded(TOKENS, TOKENS)
+    expected_logits, expected_hidden = numpy_forward(llama, TOKENS)
+    torch.testing.assert_close(logits.double(), torch.tensor(expected_logits), atol=1e-5, rtol=0)
+    torch.testing.assert_close(hidden.double(), torch.tensor(expected_hidden), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["tok_embeddings.weight", "output.weight"])
+def test_an_untied_file_needs_both_matrices(tmp_path: Path, name: str) -> None:
+    checkpoint = checkpoint_of(make_llama(False, tie_embeddings=False))
+    del checkpoint["model"][name]
+    write_checkpoint(tmp_path / "model.pt", checkpoint)
+    with pytest.raises(ValueError, match=rf"model\.pt: .*missing {name}"):
+        load_pretrained(tmp_path / "model.pt")
 
 
 @pytest.mark.parametrize("name", ["tok_embeddings.weight", "output.weight"])

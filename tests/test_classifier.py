@@ -19,6 +19,7 @@ from classifier import (
 )
 from llama import Llama
 from tests.conftest import ROOT, make_llama, pad_rows, save_llama
+from tests.oracle import numpy_forward
 from tokenizer import Tokenizer
 
 BYTES = torch.arange(256, dtype=torch.uint8)
@@ -156,8 +157,22 @@ def test_dropout_acts_on_the_hidden_state_in_training_only() -> None:
     assert torch.equal(model.eval()(tokens), model(tokens))
 
 
+def test_zero_shot_of_an_untied_model_uses_its_output_matrix(tokenizer_path: Path) -> None:
+    """The oracle is NumPy's forward pass; the prepared model scores alike."""
+    tokenizer = Tokenizer(tokenizer_model=tokenizer_path)
+    llama = make_llama(causal=True, tie_embeddings=False, rope_theta=500000.0)
+    tokens, lengths = pad_rows(SEQUENCES, pad_id=3)
+    logits = torch.tensor(numpy_forward(llama, tokens)[0])  # (batch, seq, vocab)
+    log_probs = logits[torch.arange(len(tokens)), lengths - 1].log_softmax(dim=-1)
+    ids = [tokenizer.encode(name, bos=False, eos=False) for name in ("bad", "good")]
+    expected = torch.stack([log_probs[:, i].sum(dim=-1) for i in ids], dim=-1).float()
+    for model in (llama, prepare_for_decoding(llama, exact_head=True)):
+        zero_shot = LlamaZeroShotClassifier(config_of(), tokenizer, ["bad", "good"], model)
+        torch.testing.assert_close(zero_shot(tokens, lengths), expected, atol=1e-4, rtol=0)
+
+
 def test_what_trains() -> None:
-    """Zero-shot nothing, fine-tuning everything, any other option the head alone."""
+    """Zero-shot nothing, fine-tuning everything that is used, any other option the head alone."""
 
     def trained(model: nn.Module) -> set[bool]:
         return {parameter.requires_grad for parameter in model.parameters()}
@@ -166,6 +181,12 @@ def test_what_trains() -> None:
     assert trained(finetuned) == {True}
     probed = LlamaEmbeddingClassifier(config_of(option="probe"), make_llama(False))
     assert trained(probed.llama) == {False} and trained(probed.classifier_head) == {True}
+    untied = LlamaEmbeddingClassifier(config_of(), make_llama(False, tie_embeddings=False))
+    frozen = [name for name, parameter in untied.named_parameters() if not parameter.requires_grad]
+    assert frozen == ["llama.output.weight"]
+    untied(torch.tensor(SEQUENCES[:1])).sum().backward()
+    unused = [name for name, parameter in untied.named_parameters() if parameter.grad is None]
+    assert unused == frozen
 
 
 def test_models_are_loaded_from_the_configured_path(
@@ -223,6 +244,28 @@ def test_saved_classifier_is_whole_without_the_pretrained_file(
     tokens, lengths = pad_rows(SEQUENCES, pad_id=3)
     assert torch.equal(loaded(tokens, lengths), model(tokens, lengths))
     assert loaded.dropout.p == 0.3 and loaded.llama.config.causal == causal
+    assert loaded.llama.tok_embeddings.weight is loaded.llama.output.weight
+
+
+def test_saved_classifier_of_an_untied_model_keeps_both_matrices(tmp_path: Path) -> None:
+    llama = make_llama(False, tie_embeddings=False, rope_theta=500000.0)
+    model = LlamaEmbeddingClassifier(config_of(), llama).eval()
+    write_checkpoint(tmp_path / "best.pt", model.to_checkpoint())
+    loaded = load_classifier(tmp_path / "best.pt")
+    assert loaded.llama.config == llama.config
+    for name, parameter in model.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), parameter), name
+    assert torch.equal(loaded(torch.tensor(SEQUENCES[:1])), model(torch.tensor(SEQUENCES[:1])))
+
+
+def test_a_classifier_of_an_earlier_version_is_tied(tmp_path: Path) -> None:
+    """Its config has no field for it."""
+    model = LlamaEmbeddingClassifier(config_of(), make_llama(False)).eval()
+    checkpoint = model.to_checkpoint()
+    del checkpoint["model_args"]["tie_embeddings"], checkpoint["model_args"]["rope_theta"]
+    write_checkpoint(tmp_path / "best.pt", checkpoint)
+    loaded = load_classifier(tmp_path / "best.pt")
+    assert loaded.llama.config == model.llama.config
     assert loaded.llama.tok_embeddings.weight is loaded.llama.output.weight
 
 

@@ -12,6 +12,7 @@ def test_defaults_are_those_of_stories42m() -> None:
     config = LlamaConfig()
     assert (config.n_kv_heads, config.n_rep, config.head_dim, config.hidden_dim) == (8, 1, 64, 1376)
     assert config.layer_norm_eps == 1e-5 and config.causal is False
+    assert config.rope_theta == 10000.0 and config.tie_embeddings is True
 
 
 @pytest.mark.parametrize(
@@ -41,6 +42,15 @@ def test_config_is_frozen() -> None:
         ({"layer_norm_eps": float("nan")}, "layer_norm_eps=nan"),
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"causal": 1}, "causal=1"),
+        ({"tie_embeddings": 0}, "tie_embeddings=0 is not True or False"),
+        ({"tie_embeddings": "false"}, "tie_embeddings='false' is not True or False"),
+        ({"rope_theta": 0.5}, "rope_theta=0.5 is not a number in"),
+        ({"rope_theta": -10000.0}, "rope_theta=-10000.0 is not a number in"),
+        ({"rope_theta": True}, "rope_theta=True is not a number in"),
+        ({"rope_theta": "10000"}, "rope_theta='10000' is not a number in"),
+        ({"rope_theta": float("nan")}, "rope_theta=nan is not a number in"),
+        ({"rope_theta": float("inf")}, "rope_theta=inf is not a number in"),
+        ({"rope_theta": 10**400}, "rope_theta=1000.*0000 is not a number in"),
         ({"hidden_dim": -1}, "hidden_dim=-1"),
         ({"dim": 2**40}, "dim is above 1048576"),
         ({"dim": 10**400}, "dim is above 1048576"),
@@ -58,10 +68,14 @@ def test_model_args_of_other_writers() -> None:
         {"dim": 64, "n_heads": 4, "n_kv_heads": None, "norm_eps": 1e-6, "max_seq_len": 256}
     )
     assert config == LlamaConfig(dim=64, n_heads=4, layer_norm_eps=1e-6, max_seq_len=256)
+    metas = {"rope_theta": 500000, "tie_embeddings": None, "max_batch_size": 32}
+    assert LlamaConfig.from_model_args(metas) == LlamaConfig(rope_theta=500000.0)
 
 
 def test_model_args_round_trip() -> None:
-    config = LlamaConfig(dim=48, n_heads=6, n_kv_heads=3, causal=True)
+    config = LlamaConfig(
+        dim=48, n_heads=6, n_kv_heads=3, causal=True, rope_theta=500000.0, tie_embeddings=False
+    )
     assert LlamaConfig.from_model_args(config.to_model_args()) == config
 
 
@@ -76,6 +90,6 @@ def test_deeply_nested_values_are_errors() -> None:
     nested: list[object] = []
     for _ in range(100_000):
         nested = [nested]
-    for name in ("dim", "dropout", "layer_norm_eps", "causal"):
+    for name in ("dim", "dropout", "layer_norm_eps", "rope_theta", "tie_embeddings", "causal"):
         with pytest.raises(ValueError, match=name):
             LlamaConfig.from_model_args({name: nested})

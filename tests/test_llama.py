@@ -1,6 +1,7 @@
 """The model: its parts and its whole against independent implementations. `uv run pytest tests`."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +14,13 @@ from rope import apply_rotary_emb
 from tests.conftest import ROOT, make_llama
 from tests.oracle import hugging_face_forward, numpy_forward
 
-SHAPES = [
+SHAPES: list[dict[str, Any]] = [
     {},
     {"n_kv_heads": 6},
     {"n_kv_heads": 1, "n_layers": 3},
     {"dim": 40, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 52, "vocab_size": 77},
+    {"rope_theta": 500000.0},
+    {"tie_embeddings": False},
 ]
 
 
@@ -28,7 +31,7 @@ def random_tokens(batch: int, seq: int, vocab_size: int, seed: int = 1) -> torch
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("causal", [False, True])
-def test_forward_matches_numpy_float64(shape: dict[str, int], causal: bool) -> None:
+def test_forward_matches_numpy_float64(shape: dict[str, Any], causal: bool) -> None:
     model = make_llama(causal, **shape)
     tokens = random_tokens(3, 11, model.config.vocab_size)
     expected_logits, expected_hidden = numpy_forward(model, tokens)
@@ -42,7 +45,7 @@ def test_forward_matches_numpy_float64(shape: dict[str, int], causal: bool) -> N
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_causal_forward_matches_hugging_face(shape: dict[str, int]) -> None:
+def test_causal_forward_matches_hugging_face(shape: dict[str, Any]) -> None:
     model = make_llama(causal=True, **shape)
     tokens = random_tokens(3, 11, model.config.vocab_size)
     theirs, their_hidden = hugging_face_forward(model, tokens)
@@ -170,8 +173,27 @@ def test_initial_weights() -> None:
     assert torch.equal(model.norm.weight, torch.ones(96))
 
 
-def test_embedding_and_output_are_one_tensor(llama: Llama) -> None:
-    assert llama.tok_embeddings.weight is llama.output.weight
+def test_embedding_and_output_are_one_tensor_unless_the_config_says_otherwise() -> None:
+    """Two matrices are drawn independently, each with deviation 0.02."""
+    tied, untied = (
+        Llama(LlamaConfig(vocab_size=500, dim=96, n_layers=1, n_heads=6, tie_embeddings=tie))
+        for tie in (True, False)
+    )
+    assert tied.tok_embeddings.weight is tied.output.weight
+    embeddings, output = untied.tok_embeddings.weight, untied.output.weight
+    counts = [sum(p.numel() for p in model.parameters()) for model in (tied, untied)]
+    assert counts[1] - counts[0] == embeddings.numel() == 500 * 96
+    for matrix, expected in ((embeddings, 0.02), (output, 0.02), (embeddings - output, 0.0283)):
+        assert matrix.std().item() == pytest.approx(expected, rel=0.03)  # as in the test above
+
+
+def test_the_rope_base_is_the_configs() -> None:
+    """A larger base turns more slowly, so the same model computes something else."""
+    tokens = random_tokens(2, 11, 320)
+    _, hidden = make_llama(True)(tokens)
+    _, other = make_llama(True, rope_theta=500000.0)(tokens)
+    torch.testing.assert_close(hidden[:, 0], other[:, 0])  # position 0 is not rotated
+    assert (hidden - other)[:, 1:].abs().amax(dim=-1).min() > 1e-3
 
 
 def test_rope_rejects_what_does_not_fit() -> None:

@@ -95,9 +95,10 @@ def test_prompt(workplace: Path, capsys: pytest.CaptureFixture[str], causal: boo
     predictions = predicted("output/task_2/cfimdb-dev-prompting-output.txt")
     assert predictions == predicted("output/task_2/cfimdb-test-prompting-output.txt")
     correct = sum(p == int(line[0]) for p, line in zip(predictions, SENTENCES, strict=True)) / 8
+    padding = "pads with <0x00> (id 3)\n"
     assert out == (
         f"load model from stories42M.pt\n{COMPUTES[causal]}\n"
-        "load 8 data from data/cfimdb-dev.txt\n"
+        f"{'' if causal else padding}load 8 data from data/cfimdb-dev.txt\n"
         "load 8 data from data/cfimdb-test.txt\n"
         f"dev acc :: {correct:.3f}\ntest acc :: {correct:.3f}\n"
     )

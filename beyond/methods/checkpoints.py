@@ -5,9 +5,9 @@ differs, under "method", so that the ground floor's `load_classifier` refuses it
 """
 
 import reprlib
-from collections.abc import Callable
 from pathlib import Path
 
+from beyond.formats.load import make_tokenizer
 from beyond.methods.label_words import LabelWordClassifier, PromptTokenizer
 from beyond.methods.options import POOLINGS, MethodOptions
 from beyond.methods.pooling import PooledClassifier, cut_layers
@@ -63,12 +63,10 @@ def apply_method(
     )
 
 
-def load_any_classifier(
-    path: str | Path, make_tokenizer: Callable[[int | None, bytes], Tokenizer] = Tokenizer
-) -> LlamaEmbeddingClassifier:
+def load_any_classifier(path: str | Path) -> LlamaEmbeddingClassifier:
     """Load the fine-tuned classifier of a checkpoint, plain or not, on the CPU, in eval mode.
 
-    The arguments and errors are those of `load_classifier`.
+    Its tokenizer may be of any kind. The errors are those of `load_classifier`.
     """
     return load_classifier(path, make_tokenizer, apply_method)
 

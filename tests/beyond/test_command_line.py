@@ -347,7 +347,10 @@ def refusals() -> dict[str, tuple[list[str], str]]:
         "missing data": ([*PROMPT, "--dev", "no.txt"], "no.txt: No such file"),
         "missing label words": ([*PROMPT, "--label-names", "no.json"], "no.json: No such file"),
         "missing training data": ([*FINETUNE, "--train", "no.txt"], "no.txt: No such file"),
-        "folder as checkpoint": (["--pretrained-model-path", "data"], "data: Is a directory"),
+        "folder as checkpoint": (
+            ["--pretrained-model-path", "data"],
+            "data: is a folder with neither config.json",
+        ),
         "folder as data": ([*PROMPT, "--test", "data"], "data: Is a directory"),
         "name of dev_out": (
             [*PROMPT, "--dev_out", "x.txt"],

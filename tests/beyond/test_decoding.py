@@ -27,11 +27,14 @@ from tests.conftest import ROOT, make_llama
 from tokenizer import Tokenizer
 from utils import read_documents
 
-SHAPES = [
+SHAPES: list[dict[str, Any]] = [
     {},  # n_rep 2
     {"n_kv_heads": 6},
     {"n_heads": 4, "n_kv_heads": 1, "n_layers": 3, "dim": 64},
+    {"rope_theta": 500000.0},
+    {"tie_embeddings": False},
 ]
+TIED = pytest.mark.parametrize("tied", [True, False])
 
 
 def random_tokens(*shape: int) -> Tensor:
@@ -70,7 +73,7 @@ def widths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_prepared_model_generates_the_tokens_of_the_plain_loop(shape: dict[str, int]) -> None:
+def test_prepared_model_generates_the_tokens_of_the_plain_loop(shape: dict[str, Any]) -> None:
     """100 greedy tokens, of which the last 59 are beyond max_seq_len, where the window slides."""
     llama = make_llama(causal=True, **{**shape, "max_seq_len": 48})
     context = random_tokens(2, 7)
@@ -314,10 +317,11 @@ def test_int8_error_is_at_most_half_a_step() -> None:
     assert Projection(torch.zeros(3, 16), torch.bfloat16, quantize=True).error == 0
 
 
+@TIED
 @pytest.mark.parametrize("quantize", [False, True])
-def test_bfloat16_logits_are_near_the_float32_ones(quantize: bool) -> None:
+def test_bfloat16_logits_are_near_the_float32_ones(quantize: bool, tied: bool) -> None:
     """bfloat16 and int8 move the logits by a few hundredths of their standard deviation."""
-    llama = make_llama(causal=True)
+    llama = make_llama(causal=True, tie_embeddings=tied, rope_theta=500000.0)
     tokens = random_tokens(2, 40)
     expected = llama(tokens, targets=tokens)[0]
     model = prepare_for_decoding(llama, torch.bfloat16, quantize)
@@ -327,10 +331,11 @@ def test_bfloat16_logits_are_near_the_float32_ones(quantize: bool) -> None:
     assert (logits - expected).std() > 1e-4 * expected.std()
 
 
+@TIED
 @pytest.mark.parametrize("quantize", [False, True])
-def test_an_exact_head_computes_all_logits_in_float32(quantize: bool) -> None:
+def test_an_exact_head_computes_all_logits_in_float32(quantize: bool, tied: bool) -> None:
     """Without it only the highest logits are float32's; the hidden states are the same."""
-    llama = make_llama(causal=True)
+    llama = make_llama(causal=True, tie_embeddings=tied)
     exact, rounded = (
         prepare_for_decoding(llama, torch.bfloat16, quantize, exact_head=exact_head)
         for exact_head in (True, False)

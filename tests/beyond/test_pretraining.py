@@ -62,10 +62,13 @@ def test_learning_rate_of_short_runs_is_positive(steps: int) -> None:
     assert all(0 < pretraining.learning_rate(step, steps, 1.0) <= 1 for step in range(steps))
 
 
-def test_loss_in_slices_is_the_loss_of_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tied", [True, False])
+def test_loss_in_slices_is_the_loss_of_all_logits(
+    monkeypatch: pytest.MonkeyPatch, tied: bool
+) -> None:
     """Slices of three rows, the last one shorter, against one cross-entropy of all rows."""
     blocks = torch.randint(0, 320, (2, 8), generator=torch.Generator().manual_seed(0))
-    llama = make_llama(causal=True)
+    llama = make_llama(causal=True, tie_embeddings=tied)
     logits, _ = llama(blocks[:, :-1], targets=blocks[:, 1:])
     expected = F.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten())
     expected.backward()
@@ -147,6 +150,29 @@ def test_pretrain_trains_a_checkpoint_further(
     after = pretraining.evaluate(load_pretrained("on/model.pt"), blocks, 2, FLOAT32)
     assert after == pytest.approx(min(losses), abs=0.02)  # bfloat16 may have computed the loss
     assert Path("stories42M.pt").read_bytes() == before
+
+
+def test_pretrain_keeps_the_rope_base_and_trains_both_matrices_of_an_untied_checkpoint(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The result records both, and is the model whose loss was printed."""
+    start = make_llama(False, max_seq_len=16, rope_theta=500000.0, tie_embeddings=False)
+    save_llama(start, Path("stories42M.pt"))
+    argv = [*PRETRAIN, "--dtype", "float32", "--filepath", "on/model.pt"]
+    status, out, err = run(argv, capsys)
+    assert (status, err) == (0, "")
+    args = read_checkpoint("on/model.pt")["model_args"]
+    assert args["rope_theta"] == 500000.0 and args["tie_embeddings"] is False
+    llama = load_pretrained("on/model.pt")
+    for name in ("tok_embeddings.weight", "output.weight"):
+        assert not torch.equal(llama.get_parameter(name), start.get_parameter(name)), name
+    assert not torch.equal(llama.tok_embeddings.weight, llama.output.weight)
+    tokens = [torch.tensor(Tokenizer().encode(text, bos=True, eos=False)) for text in TEXTS]
+    blocks = pretraining.pack(tokens, 16)
+    logits = torch.tensor(numpy_forward(llama, blocks[:, :-1])[0])
+    loss = F.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten()).item()
+    losses = [float(loss) for loss in re.findall(r"dev loss :: (\d+\.\d{3})", out)]
+    assert min(losses) == pytest.approx(loss, abs=6e-4)  # printed with three digits
 
 
 def test_pretrain_is_determined_by_the_seed(workplace: Path) -> None:
@@ -318,7 +344,7 @@ BAD_INPUTS = {
     ),
     "another's tokenizer": (
         [*SCRATCH, "--filepath", "taken/model.pt"],
-        "taken/tokenizer.model: is another tokenizer than tokenizer.model",
+        "taken/tokenizer.model: is another tokenizer than that of taken/model.pt",
     ),
     "size of nothing": ([*SCRATCH, "--dim", "0"], "--dim: 0 is below 1"),
 }

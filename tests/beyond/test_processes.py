@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from base_llama import load_safely
@@ -21,16 +22,18 @@ from tests.beyond.runs import (
     FINETUNE,
     INT,
     PRETRAIN,
+    TERM,
     Job,
     RunForks,
     Strike,
     assert_close_results,
+    assert_same_results,
     copy_of,
     epoch_lines,
     free_port,
     run,
 )
-from tests.conftest import ROOT
+from tests.conftest import ROOT, make_llama, save_llama
 
 # Without dropout, since each process draws its own random numbers.
 STILL = ["--dropout", "0", "--lr", "1e-4", "--epochs", "2"]
@@ -125,6 +128,35 @@ def test_several_processes_compute_what_one_does(
     folder = copy_of(workplace, "several")
     ((status, out, err),) = run_forks([Job(argv, folder, processes=processes)])
     assert status == 0, err
+    check_several_processes(workplace, capsys, argv, out)
+
+
+@pytest.mark.parametrize("option", ["finetune", "pretrain"])
+def test_two_processes_train_an_untied_model(
+    run_forks: RunForks, workplace: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    """As one process does; after SIGTERM and --resume it ends bit for bit as without them.
+
+    Fine-tuning leaves `output` as it is, since the classifier does not use it.
+    """
+    llama = make_llama(False, tie_embeddings=False, rope_theta=500000.0)
+    save_llama(llama, Path("stories42M.pt"))
+    argv = STILL_FINETUNE
+    if option == "pretrain":
+        argv = ["--option", "pretrain", "--batch_size", "2", "--max_seq_len", "16", *STILL]
+        argv += ["--dtype", "float32", "--filepath", "out/a.pt"]
+    folder, struck = copy_of(workplace, "several"), copy_of(workplace, "struck")
+    ((status, out, err),) = run_forks([Job(argv, folder, processes=2)])
+    assert status == 0, err
+    ((status, _, err),) = run_forks([Job(argv, struck, Strike(TERM, "step", 4, 1), processes=2)])
+    assert status == 128 + TERM, err
+    ((status, _, err),) = run_forks([Job([*argv, "--resume"], struck, processes=2)])
+    assert status == 0, err
+    assert_same_results(struck, folder)
+    state = load_safely(folder / "out/a.pt.state")["model"]
+    for name in ("llama.output.weight", "llama.tok_embeddings.weight"):
+        unchanged = torch.equal(state[name], llama.state_dict()[name.removeprefix("llama.")])
+        assert unchanged == (option == "finetune" and "output" in name), name
     check_several_processes(workplace, capsys, argv, out)
 
 

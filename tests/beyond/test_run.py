@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 import run_llama
 from base_llama import load_safely, read_checkpoint
 from beyond.processes import backward_in_micro_batches
-from classifier import ClassifierConfig, LlamaEmbeddingClassifier
+from classifier import ClassifierConfig, LlamaEmbeddingClassifier, load_classifier
+from llama import load_pretrained
 from run_llama import main
 from tests.beyond.runs import (
     FINETUNE,
@@ -221,6 +223,65 @@ def test_deterministic_runs_are_equal(run_forks: RunForks, workplace: Path) -> N
     results = run_forks([Job(argv, folder) for folder in folders])
     assert [result.status for result in results] == [0, 0]
     assert_same_results(folders[0], folders[1])
+
+
+# ------------------------------------------------------------------------------- untied matrices
+
+
+def save_untied() -> Tensor:
+    """Replace the default checkpoint by an untied one; returns its output matrix."""
+    llama = make_llama(False, tie_embeddings=False, rope_theta=500000.0)
+    Path("stories42M.pt").unlink()  # other folders may have links to it
+    save_llama(llama, Path("stories42M.pt"))
+    return llama.output.weight.detach()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_finetuning_leaves_an_untied_output_as_it_is(
+    workplace: Path, capsys: pytest.CaptureFixture[str], causal: bool
+) -> None:
+    """All else trains. `--option classify` predicts with the saved classifier what the run did."""
+    output = save_untied()
+    assert main([*RUNS["causal" if causal else "reference"], "--batch_size", "1"]) == 0
+    best, start = load_classifier("out/a.pt"), load_pretrained("stories42M.pt")
+    assert best.llama.config == replace(start.config, causal=causal, dropout=0.1)
+    assert torch.equal(best.llama.output.weight, output)
+    for name, parameter in start.named_parameters():
+        trained = not torch.equal(best.llama.get_parameter(name), parameter)
+        assert trained == (name != "output.weight"), name
+    argv = ["--option", "classify", "--filepath", "out/a.pt", "--input", "data/cfimdb-dev.txt"]
+    status, out, _ = run([*argv, "--batch_size", "1"], capsys)
+    lines = Path("out/dev-finetuning-output.txt").read_text(encoding="utf-8").splitlines()
+    predictions = [["bad", "good"][int(line[0])] for line in lines]
+    assert status == 0 and [line.split("\t")[0] for line in out.splitlines()] == predictions
+
+
+UNTIED_RUNS = {name: argv for name, argv in RUNS.items() if name != "pretrain"}
+UNTIED_RUNS["pretrain"] = [*PRETRAIN[:6], "--max_seq_len", "16", "--dropout", "0.1"]
+UNTIED_RUNS["pretrain"] += ["--dtype", "float32", "--filepath", "out/a.pt"]
+
+
+@pytest.mark.parametrize("kind", UNTIED_RUNS)
+def test_an_untied_run_that_is_terminated_and_resumed_ends_alike(
+    run_forks: RunForks, workplace: Path, kind: str
+) -> None:
+    """Bit for bit: weights, moments, predictions; a frozen matrix has no moments."""
+    output = save_untied()
+    expected = run_uninterrupted(run_forks, workplace, UNTIED_RUNS[kind])
+    for strike in (Strike(TERM, "step", 7), Strike(TERM, "eval", 1)):
+        end = strike_and_resume(run_forks, workplace, UNTIED_RUNS[kind], strike, expected)
+        assert end == (True, True)
+    state = load_safely(expected.folder / STATE)
+    best = read_checkpoint(expected.folder / "out/a.pt")["model"]
+    prefix = "" if kind == "pretrain" else "llama."
+    unchanged = torch.equal(best[f"{prefix}output.weight"], output)
+    assert torch.equal(state["model"]["llama.output.weight"], output) == unchanged
+    # The parameters are output, tok_embeddings, ...; all but a frozen output have moments.
+    numbers = set(range(len(state["model"])))
+    if kind == "pretrain":
+        assert not unchanged and state["optimizer"].keys() == numbers
+    else:
+        assert unchanged and state["optimizer"].keys() == numbers - {0}
 
 
 # ---------------------------------------------------------------------------------- micro-batches

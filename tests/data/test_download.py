@@ -8,6 +8,7 @@ import importlib.util
 import io
 import random
 import re
+import shutil
 import signal
 import socket
 import socketserver
@@ -49,11 +50,15 @@ def make_zip(content: bytes) -> bytes:
 
 download = load_download()
 REAL_FILES = download.FILES
+REAL_MODELS = download.MODELS
 
 TOKENIZER = random.Random(0).randbytes(700_001)  # several chunks; the last one is not full
 DEV = b"1 ||| fine\n0 ||| dull\n" * 40
 COURSE_CHECKPOINT = make_zip(random.Random(1).randbytes(500_000))
 HUB_CHECKPOINT = random.Random(2).randbytes(400_000)
+MODEL, MODEL_TOKENIZER = (random.Random(seed).randbytes(5_000) for seed in (3, 4))
+STORIES = {"stories260K/model.bin": MODEL, "stories260K/tokenizer.bin": MODEL_TOKENIZER}
+HUB_STORIES = {"stories260K.bin": MODEL, "tok512.bin": MODEL_TOKENIZER}
 ENDLESS = 40_000_000  # bytes; far more than the system's buffers between server and client
 
 
@@ -111,6 +116,7 @@ class Server(ThreadingHTTPServer):
             "/course/data/sst-dev.txt": DEV,
             "/cmu/stories42M.pt": COURSE_CHECKPOINT,
             "/hub/stories42M.pt": HUB_CHECKPOINT,
+            **{f"/hub/stories260K/{name}": body for name, body in HUB_STORIES.items()},
         }
         self.requests: list[tuple[str, str | None]] = []  # path, Range
         self.sent = 0  # bytes of bodies
@@ -191,7 +197,12 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
             pinned(None, len(COURSE_CHECKPOINT), "stories42M.pt", cmu_url),
             pinned(hub, len(HUB_CHECKPOINT), "stories42M.pt", hub_url, ".hub.part"),
         )
+        models = tuple(
+            pinned(hashlib.sha256(body).hexdigest(), len(body), name, hub_url)
+            for name, body in STORIES.items()
+        )
         monkeypatch.setattr(download, "FILES", files)
+        monkeypatch.setattr(download, "MODELS", models)
         yield from serve(running)
 
 
@@ -296,6 +307,52 @@ def test_unknown_name_error_lists_the_files(server: Server, target: Path, run: R
     line = error_line(run("data/sst-dev.txt", "sst-dev.txt"))
     assert "sst-dev.txt: unknown file, expected one of: data/sst-dev.txt, tokenizer.model" in line
     assert not target.exists()
+
+
+# Models that are fetched only if they are named
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return the relative path and the content of each file in a folder and its subfolders."""
+    return {name: (folder / name).read_bytes() for name in names_below(folder)}
+
+
+@pytest.mark.parametrize("name", ["stories260K", "stories260K/"])
+def test_a_model_is_fetched_into_its_own_folder(
+    server: Server, target: Path, run: Run, name: str
+) -> None:
+    """From the Hub, where its files have other names."""
+    result = run(name)
+    assert result.status == 0 and "2 fetched, 0 already there" in result.out
+    assert contents(target) == STORIES
+    assert [path for path, _ in server.requests] == [
+        "/hub/stories260K/stories260K.bin",
+        "/hub/stories260K/tok512.bin",
+    ]
+    assert "0 fetched, 2 already there" in run(name).out
+
+
+def test_one_file_of_a_model_can_be_named(server: Server, target: Path, run: Run) -> None:
+    assert run("stories260K/tokenizer.bin", "stories260K/tokenizer.bin").status == 0
+    assert contents(target) == {"stories260K/tokenizer.bin": MODEL_TOKENIZER}
+
+
+def test_a_folder_of_the_assignment_can_be_named(server: Server, target: Path, run: Run) -> None:
+    assert run("data").status == 0
+    assert names_below(target) == {"data/sst-dev.txt"}
+
+
+@pytest.mark.parametrize("name", ["stories", "stories260", "stories260K/model", "/", "", ".."])
+def test_a_part_of_a_name_is_unknown(server: Server, target: Path, run: Run, name: str) -> None:
+    line = error_line(run(name))
+    assert f"{name}: unknown file, expected one of: " in line and "stories260K/model.bin" in line
+    assert not target.exists()
+
+
+def test_a_model_with_wrong_hash_is_deleted(server: Server, target: Path, run: Run) -> None:
+    server.files["/hub/stories260K/stories260K.bin"] = b"x" + MODEL[1:]
+    assert "/hub/stories260K/stories260K.bin: expected SHA-256" in error_line(run("stories260K"))
+    assert names_below(target) == set()
 
 
 # Interrupted downloads
@@ -635,6 +692,27 @@ def test_from_source_without_another_file_is_an_error(
     assert "data/sst-dev.txt: HTTP Error 404" in error_line(run("--from", f"{server.url}/course"))
 
 
+@pytest.mark.parametrize("layout", ["ours", "llama2c"])
+def test_from_source_may_have_a_model_in_either_layout(
+    course_copy: str, server: Server, target: Path, run: Run, layout: str
+) -> None:
+    files = STORIES
+    if layout == "llama2c":
+        files = {f"llama2c/{name}": body for name, body in HUB_STORIES.items()}
+    for name, body in files.items():
+        add_file(course_copy, server, name, body)
+    assert run("stories260K", "--from", course_copy).status == 0
+    assert contents(target) == STORIES
+    assert not any(path.startswith("/hub") for path, _ in server.requests)
+
+
+def test_from_source_without_the_named_model_is_an_error(
+    course_copy: str, target: Path, run: Run
+) -> None:
+    assert "stories260K/model.bin: " in error_line(run("stories260K", "--from", course_copy))
+    assert names_below(target) == set()
+
+
 @pytest.mark.parametrize("content", [COURSE_CHECKPOINT, HUB_CHECKPOINT], ids=["course", "hub"])
 def test_from_accepts_both_checkpoints(
     course_copy: str, server: Server, target: Path, run: Run, content: bytes
@@ -752,6 +830,8 @@ def test_help_works_in_another_folder(tmp_path: Path) -> None:
     )
     assert (process.returncode, process.stderr) == (0, "")
     assert all(word in process.stdout for word in ("FILE", "--from DIR_OR_URL", "--to DIR"))
+    listed = {tuple(line.split()[:2]) for line in process.stdout.splitlines()}
+    assert listed >= {(pinned.name, f"{pinned.size:,}") for pinned in REAL_FILES + REAL_MODELS}
 
 
 # The table of published files
@@ -767,14 +847,27 @@ def test_table_lists_every_file() -> None:
     names += ["tokenizer.model", "sanity_check.data", "stories42M.pt", "stories42M.pt"]
     assert sorted(pinned.name for pinned in REAL_FILES) == sorted(names)
     assert len({pinned.name + pinned.part_suffix for pinned in REAL_FILES}) == len(REAL_FILES)
-    for pinned in REAL_FILES:
+    models = ["stories260K/model.bin", "stories260K/tokenizer.bin", "stories15M.pt"]
+    assert [pinned.name for pinned in REAL_MODELS] == models
+    assert download.HUB_NAMES.keys() < {*models}
+    for pinned in REAL_FILES + REAL_MODELS:
         assert pinned.base_url.startswith("https://")
         assert pinned.sha256 is None or re.fullmatch("[0-9a-f]{64}", pinned.sha256)
 
 
-@pytest.mark.parametrize("name", dict.fromkeys(pinned.name for pinned in REAL_FILES))
+@pytest.mark.parametrize("name", dict.fromkeys(pinned.name for pinned in REAL_FILES + REAL_MODELS))
 def test_downloaded_file_matches_the_table(name: str) -> None:
     path = ROOT / name
     if not path.exists():
         pytest.skip(f"{name} is not downloaded: uv run python data/download.py {name}")
-    assert download.is_in_place(path, [pinned for pinned in REAL_FILES if pinned.name == name])
+    versions = [pinned for pinned in REAL_FILES + REAL_MODELS if pinned.name == name]
+    assert download.is_in_place(path, versions)
+
+
+def test_fetched_files_are_not_committed() -> None:
+    if not (shutil.which("git") and (ROOT / ".git").exists()):
+        pytest.skip("not a Git repository")
+    names = [pinned.name for pinned in REAL_FILES + REAL_MODELS]
+    command = ["git", "-c", f"safe.directory={ROOT}", "check-ignore", "--no-index", *names]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert process.stdout.splitlines() == names
