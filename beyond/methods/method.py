@@ -6,62 +6,16 @@
 `after_update`. After each epoch the classifier is evaluated and saved within `kept_weights`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from beyond.methods.options import MethodOptions
+from beyond.methods.ingredient import Ingredient, LossFn, Rows
+from beyond.options import FinetuneOptions
 from classifier import LlamaEmbeddingClassifier
-
-LossFn = Callable[[Tensor, Tensor], Tensor]  # from log-probabilities and labels, summed over rows
-
-
-class Rows(NamedTuple):
-    """Some rows of a batch."""
-
-    tokens: Tensor  # (rows, seq), int64, padded on the right
-    lengths: Tensor  # (rows,), int64
-    labels: Tensor  # (rows,), int64
-    lines: Tensor  # (rows,), int64: of the training file, from 0
-
-
-class Ingredient(nn.Module):
-    """One addition to the plain recipe; what it does not override is left as it is.
-
-    Its buffers are saved in the training checkpoint.
-    """
-
-    def begin_step(self, step: int, total_steps: int) -> None:
-        """Prepare for a step, from 0 to total_steps - 1."""
-
-    def loss(self, loss: Tensor, classifier: nn.Module, rows: Rows, log_probs: Tensor) -> Tensor:
-        """Return the loss to use instead of `loss`, summed over rows.
-
-        Args:
-            loss: so far, a scalar.
-            classifier: maps tokens and lengths to log-probabilities.
-            rows: of the batch, or of a micro-batch.
-            log_probs: (rows, num_labels), of one forward pass.
-        """
-        return loss
-
-    def parameter_groups(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return the optimizer's parameter groups to use instead of `groups`."""
-        return groups
-
-    def before_update(self, optimizer: Optimizer) -> None:
-        """Change gradients or learning rates before the optimizer's step."""
-
-    def after_update(self) -> None:
-        """Follow the weights after the optimizer's step."""
-
-    @contextmanager
-    def kept_weights(self) -> Iterator[None]:
-        """Let the classifier have the weights that are evaluated and saved, in the block."""
-        yield
 
 
 class Method(nn.Module):
@@ -88,6 +42,8 @@ class Method(nn.Module):
     def forward(self, tokens: Tensor, lengths: Tensor, labels: Tensor, lines: Tensor) -> Tensor:
         """Return the loss of some rows, summed; the arguments are those of `Rows`."""
         rows = Rows(tokens, lengths, labels, lines)
+        for ingredient in self.ingredients:
+            ingredient.before_forward(rows)
         log_probs = self.classifier(tokens, lengths)
         loss = self.loss_fn(log_probs, labels)
         for ingredient in self.ingredients:
@@ -131,7 +87,7 @@ def sum_of_losses(method: nn.Module, *tensors: Tensor) -> Tensor:
 
 
 def build_method(
-    options: MethodOptions, classifier: LlamaEmbeddingClassifier, loss_fn: LossFn
+    options: FinetuneOptions, classifier: LlamaEmbeddingClassifier, loss_fn: LossFn
 ) -> Method:
     """Put together what the options ask for.
 
