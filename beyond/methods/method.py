@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from beyond.methods.ingredient import Ingredient, LossFn, Rows
+from beyond.methods.smart import Smart
 from beyond.options import FinetuneOptions
 from classifier import LlamaEmbeddingClassifier
 
@@ -99,4 +100,7 @@ def build_method(
     Raises:
         ValueError: an option does not fit the model.
     """
-    return Method(classifier, loss_fn)
+    ingredients: list[Ingredient] = []
+    if options.smart:
+        ingredients.append(Smart(classifier, options.smart, options.seed))
+    return Method(classifier, loss_fn, ingredients)
