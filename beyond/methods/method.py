@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from beyond.methods.ingredient import Ingredient, LossFn, Rows
+from beyond.methods.r_drop import RDrop
 from beyond.methods.smart import Smart
 from beyond.options import FinetuneOptions
 from classifier import LlamaEmbeddingClassifier
@@ -103,4 +104,6 @@ def build_method(
     ingredients: list[Ingredient] = []
     if options.smart:
         ingredients.append(Smart(classifier, options.smart, options.seed))
+    if options.r_drop:
+        ingredients.append(RDrop(loss_fn, options.r_drop, options.seed))
     return Method(classifier, loss_fn, ingredients)
