@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from beyond.methods.ingredient import Ingredient, LossFn, Rows
+from beyond.methods.mixout import Mixout
 from beyond.methods.r_drop import RDrop
 from beyond.methods.smart import Smart
 from beyond.options import FinetuneOptions
@@ -106,4 +107,8 @@ def build_method(
         ingredients.append(Smart(classifier, options.smart, options.seed))
     if options.r_drop:
         ingredients.append(RDrop(loss_fn, options.r_drop, options.seed))
+    if options.mixout:
+        # It turns the gradients into the weights' own before the update, so whatever reads
+        # gradients then, such as clipping, has to come after it.
+        ingredients.append(Mixout(classifier, options.mixout, options.seed))
     return Method(classifier, loss_fn, ingredients)
