@@ -730,6 +730,7 @@ def arguments(rng: random.Random, inputs: Sequence[str], outputs: Sequence[str])
     words |= {"store_dtype": rng.choice(("bfloat16", "float16", "x")), "y": text(rng)}
     words |= {"seeds": rng.choice(("1,2", "1", "1,,2")), "save_every": rng.choice(("1", "0"))}
     words |= {"micro_batch_size": rng.choice(("1", "3", "-1"))}
+    words |= {name: rng.choice(floats) for name in ("smart", "r_drop", "mixout")}
     files = ["pretrained-model-path", "tokenizer_path", "train", "dev", "test", "label-names"]
     files += ["input"]
     words |= {name: rng.choice(inputs) for name in files}
