@@ -103,7 +103,8 @@ def parallelise(model: nn.Module) -> nn.Module:
         return model
     if not is_main_process():
         torch.manual_seed(torch.initial_seed() + rank())
-    return DistributedDataParallel(model)
+    # Buffers need no synchronisation in each step: all processes compute the same.
+    return DistributedDataParallel(model, broadcast_buffers=False)
 
 
 def backward_in_micro_batches(

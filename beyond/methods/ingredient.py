@@ -29,6 +29,9 @@ class Ingredient(nn.Module):
     def begin_step(self, step: int, total_steps: int) -> None:
         """Prepare for a step, from 0 to total_steps - 1."""
 
+    def before_forward(self, rows: Rows) -> None:
+        """Prepare for the plain forward pass of some rows."""
+
     def loss(self, loss: Tensor, classifier: nn.Module, rows: Rows, log_probs: Tensor) -> Tensor:
         """Return the loss to use instead of `loss`, summed over rows.
 

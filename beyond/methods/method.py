@@ -19,7 +19,10 @@ from beyond.methods.frozen_backbone import FrozenBackbone
 from beyond.methods.ingredient import Ingredient, LossFn, Rows
 from beyond.methods.label_smoothing import smooth_labels
 from beyond.methods.lora import Lora
+from beyond.methods.mixout import Mixout
+from beyond.methods.r_drop import RDrop
 from beyond.methods.schedules import GradientClipping, LearningRates, WeightDecay
+from beyond.methods.smart import Smart
 from beyond.methods.weights import trained
 from beyond.methods.wise_ft import WiseFt
 from beyond.options import FinetuneOptions
@@ -50,6 +53,8 @@ class Method(nn.Module):
     def forward(self, tokens: Tensor, lengths: Tensor, labels: Tensor, lines: Tensor) -> Tensor:
         """Return the loss of some rows, summed; the arguments are those of `Rows`."""
         rows = Rows(tokens, lengths, labels, lines)
+        for ingredient in self.ingredients:
+            ingredient.before_forward(rows)
         log_probs = self.classifier(tokens, lengths)
         loss = self.loss_fn(log_probs, labels)
         for ingredient in self.ingredients:
@@ -126,6 +131,14 @@ def build_method(
     if options.lora_rank:
         rank, alpha, matrices = options.lora_rank, options.lora_alpha, options.lora_matrices
         ingredients.append(Lora(classifier, rank, alpha, matrices, options.seed))
+    if options.smart:
+        ingredients.append(Smart(classifier, options.smart, options.seed))
+    if options.r_drop:
+        ingredients.append(RDrop(loss_fn, options.r_drop, options.seed))
+    if options.mixout:
+        # It turns the gradients into the weights' own before the update, so whatever reads
+        # gradients then, such as clipping, has to come after it.
+        ingredients.append(Mixout(classifier, options.mixout, options.seed))
     if options.ema:
         average = MovingAverage(trained([classifier, *ingredients]), options.ema)
         ingredients.insert(0, average)

@@ -132,17 +132,21 @@ class MethodOptions:
         type=matrix_list,
     )
     smart: float = flag(
-        "weight of SMART's penalty on how much the prediction changes with the embeddings; 0: off",
+        "weight of SMART's penalty on how much a small change of the embeddings changes the "
+        "prediction (its smoothness-inducing regulariser only, without the Bregman proximal point "
+        "method); 0: off",
         0.0,
         type=non_negative,
     )
     r_drop: float = flag(
-        "weight of R-Drop's penalty on how much the prediction changes with dropout; 0: off",
+        "train on two forward passes with different dropout; this is the weight of R-Drop's "
+        "penalty on how much their predictions differ; 0: off, one forward pass",
         0.0,
         type=non_negative,
     )
     mixout: float = flag(
-        "probability with which a weight is replaced by its pretrained value in a training step",
+        "probability with which a weight of the layers' matrices is replaced by its pretrained "
+        "value in a training step; 0: off",
         0.0,
         type=dropout_probability,
     )
