@@ -6,13 +6,14 @@ the row of the output projection of word v,
 
     p(y | sentence) = exp(w_y h) / sum over all labels y' of exp(w_y' h).
 
-All weights train, and nothing is new: before training the classifier is the zero-shot one, with
-its scores compared among the label words alone. Without tied embeddings the output projection
-trains too, where the linear head leaves it out.
+All weights train, and nothing is new: before training this is the zero-shot classifier for words of
+one token each, with `--no_trailing_space`. Without tied embeddings the output projection trains
+too, where the linear head leaves it out.
 
 Differs from the paper in:
 - the model predicts the next token instead of a masked one, so h is that of the prompt's last
-  token, in both modes: in reference mode too it is not the last column, which may be padding;
+  token. It is so in reference mode too, where the zero-shot classifier reads the last column, which
+  may be padding;
 - the prompt is the zero-shot one without its trailing space. With it, Llama's tokenizer makes the
   space a token of its own, and the token after that is not the label word, which has its own
   space before it;
@@ -46,8 +47,8 @@ class LabelWordClassifier(MethodClassifier):
     label_ids: Tensor
 
     def __init__(self, plain: LlamaEmbeddingClassifier, prompt: str) -> None:
-        self.prompt = prompt.rstrip(" ")
-        super().__init__(plain, {"head": "label_words", "prompt": self.prompt})
+        super().__init__(plain, {"head": "label_words", "prompt": prompt.rstrip(" ")})
+        self.prompt = self.method["prompt"]
         if self.label_names is None or self.tokenizer is None:
             raise ValueError("head label_words needs the label words and the tokenizer")
         ids = label_ids(self.label_names, self.tokenizer, self.prompt)
