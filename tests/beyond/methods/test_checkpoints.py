@@ -79,17 +79,6 @@ def test_each_classifier_is_made_again(word_tokenizer: Tokenizer, tmp_path: Path
         assert (tmp_path / "again.pt").read_bytes() == path.read_bytes()
 
 
-def test_a_tokenizer_of_another_kind_is_passed_on(
-    word_tokenizer: Tokenizer, tmp_path: Path
-) -> None:
-    class Other(Tokenizer):
-        pass
-
-    for model in make_all(word_tokenizer):
-        write_checkpoint(tmp_path / "best.pt", model.to_checkpoint())
-        assert type(load_any_classifier(tmp_path / "best.pt", Other).tokenizer) is Other
-
-
 def test_the_ground_floor_refuses_a_method_by_its_name(
     word_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
