@@ -103,8 +103,7 @@ def parallelise(model: nn.Module) -> nn.Module:
         return model
     if not is_main_process():
         torch.manual_seed(torch.initial_seed() + rank())
-    # Buffers need no synchronisation in each step: all processes compute the same.
-    return DistributedDataParallel(model, broadcast_buffers=False)
+    return DistributedDataParallel(model)
 
 
 def backward_in_micro_batches(

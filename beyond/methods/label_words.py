@@ -141,6 +141,10 @@ class PromptTokenizer(Tokenizer):
         """Return the tokens of a label word that follows a prompt."""
         return self.tokenizer.label_tokens(label, prompt)
 
+    def fits(self, vocab_size: int) -> bool:
+        """Return whether the tokenizer can be that of a model with a vocabulary of this size."""
+        return self.tokenizer.fits(vocab_size)
+
     def files(self) -> dict[str, bytes]:
         """Return the files, by name, from which the model's tokenizer can be made again."""
         return self.tokenizer.files()

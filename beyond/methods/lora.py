@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beyond.methods.ingredient import Ingredient
-from beyond.methods.weights import derive_seed, only_trained, replaced
+from beyond.methods.randomness import make_generator
+from beyond.methods.weights import only_trained, replaced
 from classifier import LlamaEmbeddingClassifier
 
 # The names of a layer's matrices on the command line -> in the model.
@@ -96,7 +97,7 @@ class Lora(Ingredient):
         seed: int,
     ) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(derive_seed("LoRA", seed))
+        generator = make_generator(torch.device("cpu"), "LoRA", seed)
         linears = []
         for i, layer in enumerate(classifier.llama.layers):
             for name in matrices:

@@ -34,8 +34,8 @@ class Mixout(Ingredient):
     """Mixes the matrices of the layers with their pretrained values in each training step.
 
     Args:
-        classifier: the plain one, whose matrices still have their pretrained values. These are kept
-            as buffers that are not saved, since a resumed run begins with the same model.
+        classifier: the plain one, whose matrices still have their pretrained values. Copies of them
+            are kept, and are not saved, since a resumed run begins with the same model.
         probability: p, in [0, 1).
         seed: of the masks, which depend on it, the step and the matrix, so they are the same in all
             processes and micro-batches.
@@ -49,15 +49,15 @@ class Mixout(Ingredient):
         self.weights = {name: weight for name, weight in named if weight.dim() == 2}
         self.own: list[Tensor] = []  # w and 1 - m of each matrix, in a step
         self.kept: list[Tensor] = []
-        for number, weight in enumerate(self.weights.values()):
-            pretrained = weight.detach().clone()
-            self.register_buffer(f"pretrained_{number}", pretrained, persistent=False)
+        # No buffers, which several processes would send each other before each forward pass.
+        self.pretrained = [weight.detach().clone() for weight in self.weights.values()]
 
     @torch.no_grad()
     def begin_step(self, step: int, total_steps: int) -> None:
         """Write the mixed values into the parameters."""
         p = self.probability
-        for (name, weight), pretrained in zip(self.weights.items(), self.buffers(), strict=True):
+        for (name, weight), copy in zip(self.weights.items(), self.pretrained, strict=True):
+            pretrained = copy.to(weight.device)
             generator = make_generator(weight.device, "mixout", self.seed, step, name)
             # Tensor.bernoulli_ and torch.where would take twice as long.
             kept = torch.rand(weight.shape, generator=generator, device=weight.device) >= p

@@ -1,6 +1,5 @@
 """What ingredients share that choose which weights train, or which weights are kept."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -40,8 +39,3 @@ def only_trained(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         {**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups
     ]
-
-
-def derive_seed(purpose: str, seed: int) -> int:
-    """Return another seed for each purpose, so that no two draw the same random numbers."""
-    return int.from_bytes(hashlib.sha256(f"{purpose} {seed}".encode()).digest()[:8])

@@ -154,8 +154,9 @@ def test_two_processes_train_an_untied_model(
     assert status == 0, err
     assert_same_results(struck, folder)
     state = load_safely(folder / "out/a.pt.state")["model"]
-    for name in ("llama.output.weight", "llama.tok_embeddings.weight"):
-        unchanged = torch.equal(state[name], llama.state_dict()[name.removeprefix("llama.")])
+    prefix = "llama." if option == "pretrain" else "classifier.llama."
+    for name in ("output.weight", "tok_embeddings.weight"):
+        unchanged = torch.equal(state[prefix + name], llama.state_dict()[name])
         assert unchanged == (option == "finetune" and "output" in name), name
     check_several_processes(workplace, capsys, argv, out)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import run_llama
 from base_llama import read_checkpoint
-from beyond.methods.ingredient import Ingredient, LossFn, Rows
+from beyond.methods.ingredient import Ingredient, Rows
 from beyond.methods.method import Method
 from beyond.options import FinetuneOptions
 from classifier import ClassifierConfig, LlamaEmbeddingClassifier
@@ -60,11 +60,10 @@ def add_ingredient(monkeypatch: pytest.MonkeyPatch, make: MakeIngredient) -> Non
     """Let the runs of this test have an ingredient more than their flags ask for."""
     build = run_llama.build_method
 
-    def build_more(
-        options: FinetuneOptions, classifier: LlamaEmbeddingClassifier, loss_fn: LossFn
-    ) -> Method:
-        method = build(options, classifier, loss_fn)
-        return Method(classifier, method.loss_fn, (*method.ingredients, make(classifier)))
+    def build_more(options: FinetuneOptions, *arguments: Any) -> Method:
+        method = build(options, *arguments)
+        ingredients = (*method.ingredients, make(method.classifier))
+        return Method(method.classifier, method.loss_fn, ingredients)
 
     monkeypatch.setattr(run_llama, "build_method", build_more)
 

@@ -9,8 +9,9 @@ from beyond.methods.averaging import MovingAverage
 from beyond.methods.frozen_backbone import FrozenBackbone
 from beyond.methods.lora import Lora
 from beyond.methods.method import Method
+from beyond.methods.randomness import derive_seed
 from beyond.methods.schedules import GradientClipping, LearningRates, WeightDecay
-from beyond.methods.weights import derive_seed, trained
+from beyond.methods.weights import trained
 from run_llama import classification_loss, main
 from tests.beyond.methods.recipes import (
     curve,

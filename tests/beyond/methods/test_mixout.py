@@ -196,7 +196,7 @@ def test_masks_depend_on_seed_step_and_matrix_only() -> None:
     mixout.begin_step(0, 10)
     masks = [
         (weight - old).abs() > 0.5
-        for weight, old in zip(mixout.weights.values(), mixout.buffers(), strict=True)
+        for weight, old in zip(mixout.weights.values(), mixout.pretrained, strict=True)
     ]
     same_shape = [mask for mask in masks if mask.shape == (48, 48)]
     assert len(same_shape) == 4  # queries and outputs of both layers
@@ -220,7 +220,7 @@ def test_pretrained_values_stay_and_are_not_saved() -> None:
     plain = Method(make_classifier(True), classification_loss)
     run_steps(method, make_rows(), steps=3)
     assert method.state_dict().keys() == plain.state_dict().keys()
-    for name, buffer in zip(mixout.weights, mixout.buffers(), strict=True):
+    for name, buffer in zip(mixout.weights, mixout.pretrained, strict=True):
         assert torch.equal(buffer, pretrained[f"llama.layers.{name}"])
     assert not mixout.own and not mixout.kept  # no memory between steps
 
