@@ -200,25 +200,42 @@ def test_what_llama2c_does_not_know_is_named(
     assert os.listdir("c") == []  # no tokenizer either
 
 
+INTERRUPTED = "beyond.formats: interrupted"
+
+
 @pytest.mark.parametrize("target", ["c/model.bin", "c/hub", "c/model.pt"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_conversion_leaves_nothing(
-    source: Llama, target: str, number: signal.Signals
+    source: Llama,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    target: str,
+    number: signal.Signals,
 ) -> None:
-    """A real process and a real signal, sent while the first tensor is written."""
-    code = f"""
+    """A real signal, while the first tensor is written."""
+
+    def interrupted(tensors: Any, *_: Any) -> Any:
+        signal.raise_signal(number)
+        return tensors
+
+    monkeypatch.setattr("beyond.formats.__main__.bar", interrupted)
+    monkeypatch.setattr(torch, "save", interrupted)
+    assert convert("source/model.pt", target) == 128 + number
+    assert capsys.readouterr().err.splitlines()[-1] == INTERRUPTED
+    assert [path.name for path in Path("c").rglob("*") if path.is_file()] == []
+
+
+def test_an_interrupted_process_ends_with_one_line(source: Llama) -> None:
+    code = """
 import os, signal, sys
-import beyond.formats.__main__ as program, torch
-kill = lambda *_: os.kill(os.getpid(), {int(number)})
-program.bar = lambda tensors: (kill(), tensors)[1]
-torch.save = lambda *_: kill()
-sys.exit(program.main(["source/model.pt", "{target}"]))
+import beyond.formats.__main__ as program
+program.bar = lambda tensors: os.kill(os.getpid(), signal.SIGTERM)
+sys.exit(program.main(["source/model.pt", "c/hub"]))
 """
     env: Any = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert done.returncode == 128 + number
-    assert done.stderr.splitlines()[-1] == "beyond.formats: interrupted"
-    assert [path.name for path in Path("c").rglob("*") if path.is_file()] == []
+    assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, f"{INTERRUPTED}\n")
+    assert os.listdir("c") == []
 
 
 def test_what_a_killed_conversion_left_is_removed(source: Llama) -> None:
