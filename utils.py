@@ -98,8 +98,10 @@ def prepare_output(path: str | Path) -> None:
     if path.exists() and not path.is_file():
         raise OSError(f"{path}: cannot be written: it exists and is not a regular file")
     temporary = _temporary_path(path)
-    temporary.touch()
-    temporary.unlink()
+    try:
+        temporary.touch()
+    finally:  # also if a signal interrupts this
+        temporary.unlink(missing_ok=True)
 
 
 def _temporary_path(path: Path) -> Path:

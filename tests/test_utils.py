@@ -121,3 +121,19 @@ def test_a_script_without_arguments_refuses_them(
         assert (caught.value.code, out) == (2, "")
         assert err.startswith(f"{script}: error: unrecognized arguments: {argument}; this script")
         assert err.count("\n") == 1
+
+
+def test_a_check_that_a_signal_interrupts_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may come right after the file was made that shows that the folder is writable."""
+    touch = Path.touch
+
+    def interrupted(path: Path) -> None:
+        touch(path)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Path, "touch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        utils.prepare_output(tmp_path / "result.txt")
+    assert list(tmp_path.iterdir()) == []
