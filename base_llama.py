@@ -13,6 +13,7 @@ import reprlib
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -381,6 +382,10 @@ def _describe(path: Path) -> str:
     size = f"{path.stat().st_size:,} bytes"
     if head.startswith((b"<!doctype html", b"<html")):
         return f"{size}, an HTML page; perhaps an error page was saved instead of the file"
-    if head.startswith(b"pk\x03\x04") and not zipfile.is_zipfile(path):
-        return f"{size}, the end of the archive is missing; a truncated download?"
+    if head.startswith(b"pk\x03\x04"):
+        with suppress(
+            zipfile.BadZipFile
+        ):  # which is_zipfile raises for an archive of several disks
+            if not zipfile.is_zipfile(path):
+                return f"{size}, the end of the archive is missing; a truncated download?"
     return size

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import pickle
+import struct
 import zipfile
 from contextlib import suppress
 from pathlib import Path
@@ -428,3 +429,12 @@ def test_failed_write_leaves_the_old_file(llama: Llama, tmp_path: Path) -> None:
         write_checkpoint(tmp_path / "model.pt", {"model": llama.state_dict(), "bad": lambda: 0})
     assert (tmp_path / "model.pt").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+
+
+def test_an_archive_of_several_disks_is_one_line(tmp_path: Path) -> None:
+    """Python's own check for a zip archive raises an error for it."""
+    locator = struct.pack("<4sLQL", b"PK\x06\x07", 0, 0, 2)  # of two disks
+    end = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 0, 0, 0, 0, 0)
+    (tmp_path / "model.pt").write_bytes(b"PK\x03\x04" + bytes(60) + locator + end)
+    with pytest.raises(ValueError, match="model.pt: cannot be read"):
+        load_pretrained(tmp_path / "model.pt")
