@@ -250,7 +250,13 @@ def test_bfloat16_trains_float32_parameters(
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("argv", [PROMPT, [*FINETUNE, "--hidden_dropout_prob", "0"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        pytest.param(PROMPT, marks=pytest.mark.sweep),
+        [*FINETUNE, "--hidden_dropout_prob", "0"],  # evaluates compiled layers too
+    ],
+)
 def test_compiled_model_gives_the_same(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, argv: list[str]
 ) -> None:

@@ -102,6 +102,7 @@ def test_evaluate_is_the_mean_over_all_tokens(monkeypatch: pytest.MonkeyPatch) -
     assert rounded == pytest.approx(expected, rel=0.01)
 
 
+@pytest.mark.sweep
 def test_pretrain_memorises_from_scratch(
     workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

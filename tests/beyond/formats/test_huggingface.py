@@ -238,9 +238,8 @@ print((peak() - before) / sum(4 * parameter.numel() for parameter in llama.param
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux measures the peak")
-@pytest.mark.parametrize(
-    "dtype", [pytest.param(torch.float32, marks=pytest.mark.sweep), torch.bfloat16]
-)
+@pytest.mark.sweep
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_peak_of_memory_is_below_one_and_a_half_times_the_float32_weights(
     tmp_path: Path, tokenizer_path: Path, dtype: torch.dtype
 ) -> None:
