@@ -761,7 +761,7 @@ TARGETS: Targets = {  # with their shares of the inputs
     "data file": (5, data_file),
     "label words": (4, label_words),
     "checkpoint": (4, pretrained),
-    "classifier": (1, fine_tuned),
+    "classifier": (2, fine_tuned),
     "training state": (1, training_state),
     "tokenizer file": (3, tokenizer_file),
     "download": (1, download),
