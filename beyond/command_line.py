@@ -20,6 +20,8 @@ from typing import Any, cast
 
 from beyond.demo import data_files, demo_folder, stand_in_note
 from beyond.formats.files import default_tokenizer
+from beyond.methods.options import MethodOptions
+from beyond.methods.recipes import RECIPES, RULED
 from beyond.options import (
     CHECKPOINT,
     TASKS,
@@ -197,6 +199,8 @@ def get_args(argv: Sequence[str] | None = None) -> Options:
     elif task == "pretrain":
         fill_in_pretraining(values)
     else:
+        if task == "finetune":
+            notes += fill_in_recipe(values)
         fill_in_evaluation(values, task)
     return TASKS[task](**values, notes=notes, command=command)
 
@@ -287,6 +291,39 @@ def fill_in_generation(values: dict[str, Any], is_demo: bool) -> None:
     values.setdefault("generated_sentence_high_temp_out", f"{beginning}-{high:g}.txt")
 
 
+def fill_in_recipe(values: dict[str, Any]) -> tuple[str, ...]:
+    """Fill in the flags of a recipe that are not given.
+
+    A flag of the recipe that contradicts those that are given is left out.
+
+    Returns:
+        A note for each flag that is left out.
+
+    Raises:
+        ValueError: the flags that are given contradict each other.
+    """
+    recipe = values.get("recipe")
+    if recipe is None:
+        return ()
+    own = {f.name for f in fields(MethodOptions)}
+    method = {name: value for name, value in values.items() if name in own}
+    MethodOptions(**method).check_method()
+    notes = []
+    for name, value in RECIPES[recipe].items():
+        if name in values:
+            continue
+        if name in own:
+            try:
+                MethodOptions(**method, **{name: value}).check_method()
+            except ValueError:
+                notes.append(f"--recipe {recipe} without --{name}, which the other flags exclude")
+                continue
+            method[name] = value
+        values[name] = value
+    values["left_to_rule"] = tuple(name for name in RULED if name not in values)
+    return tuple(notes)
+
+
 def fill_in_evaluation(values: dict[str, Any], task: str) -> None:
     """Fill in dtype, learning rate and results of prompting or fine-tuning."""
     options = cast(type[EvaluationOptions], TASKS[task])
@@ -297,7 +334,9 @@ def fill_in_evaluation(values: dict[str, Any], task: str) -> None:
     if task == "finetune":
         lr = values.setdefault("lr", 2e-5)
         epochs = values.get("epochs", FinetuneOptions.epochs)
-        values.setdefault("filepath", f"output/task_3/{dataset}-finetune-{epochs}-{lr}.pt")
+        # The rate and the epochs of a recipe are not known yet.
+        kind = values.get("recipe") or f"{epochs}-{lr}"
+        values.setdefault("filepath", f"output/task_3/{dataset}-finetune-{kind}.pt")
 
 
 def fill_in_pretraining(values: dict[str, Any]) -> None:

@@ -89,6 +89,23 @@ class Flag:
     spelling: str | None = None
     parsing: Mapping[str, Any] = field(default_factory=dict)
 
+    def words(self, name: str, value: object) -> list[str]:
+        """Return the words of a command line that give the flag a value; none for False or None.
+
+        Args:
+            name: of the field.
+            value: as the dataclass holds it.
+        """
+        spelling = self.spelling or name
+        if value is True:
+            return [f"--{spelling}"]
+        if value is False and self.parsing.get("action") is argparse.BooleanOptionalAction:
+            return [f"--no-{spelling}"]
+        if value is None or value is False:
+            return []
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        return [f"--{spelling}", text]
+
 
 def flag(
     help_text: str,

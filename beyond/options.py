@@ -28,6 +28,7 @@ from beyond.flags import (
 )
 from beyond.formats.files import model_files
 from beyond.methods.options import MethodOptions, ZeroShotOptions
+from beyond.methods.recipes import RECIPES, RULED
 from config import LlamaConfig
 from utils import at_least_one
 
@@ -64,7 +65,8 @@ LABEL_NAMES = {
 }
 FILEPATH = {
     "flag": Flag(
-        "result: the best classifier (default: output/task_3/<dataset>-finetune-<epochs>-<lr>.pt) "
+        "result: the best classifier (default: output/task_3/<dataset>-finetune-<epochs>-<lr>.pt; "
+        "with a recipe: output/task_3/<dataset>-finetune-<recipe>.pt) "
         "or language model (default: output/pretrain/<dataset>-<epochs>-<lr>/model.pt); for "
         "classify: the fine-tuned classifier"
     )
@@ -101,7 +103,7 @@ class TaskOptions(ABC):
         8,
         type=at_least_one,
     )
-    notes: tuple[str, ...] = ()  # which default files the demo stands in for; not a flag
+    notes: tuple[str, ...] = ()  # what the defaults do that the user should know; not a flag
     command: str = field(default="", compare=False)  # the command line; not a flag
 
     reads: ClassVar[tuple[str, ...]] = ()  # fields that name files that the task reads
@@ -407,6 +409,8 @@ class FinetuneOptions(EvaluationOptions, TrainingOptions, MethodOptions):
         type=seed_list,
     )
 
+    left_to_rule: tuple[str, ...] = ()  # flags that a recipe's rule has still to set; not a flag
+
     reads = ("label_names", "dev", "test", "train")
     writes = ("dev_out", "test_out", "filepath")
     results_folder, results_kind = "output/task_3", "finetuning"
@@ -426,7 +430,26 @@ class FinetuneOptions(EvaluationOptions, TrainingOptions, MethodOptions):
     @property
     def output_files(self) -> tuple[str, ...]:
         """The results of one run; with several seeds, each run has results of its own."""
-        return (*super().output_files, *self.tables.values())
+        return (*super().output_files, *self.tables.values(), *self.advanced_files.values())
+
+    @property
+    def advanced_files(self) -> dict[str, str]:
+        """The predictions under the names that the course takes for extra work, by split.
+
+        There are none without a recipe.
+        """
+        files = self.prediction_files if self.recipe else {}
+        return {
+            split: f"{path.removesuffix(self.ending(split))}{split}-advanced-output.txt"
+            for split, path in files.items()
+        }
+
+    @property
+    def recipe_flags(self) -> list[str]:
+        """The flags that the recipe stands for, with the values in force, as a command has them."""
+        names = [*RECIPES[self.recipe], *RULED] if self.recipe else []
+        declared = flags_of(type(self))
+        return [w for name in names for w in declared[name].words(name, getattr(self, name))]
 
     @property
     def log_folder(self) -> Path:
@@ -436,6 +459,7 @@ class FinetuneOptions(EvaluationOptions, TrainingOptions, MethodOptions):
     @property
     def run(self) -> RunOptions:
         """The part of the options that a training run needs."""
+        assert not self.left_to_rule, "the recipe's rule has not been applied"
         return replace(super().run, patience=self.patience)
 
     @property

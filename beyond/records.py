@@ -6,6 +6,7 @@ fine-tuning as tables beside the classifier's checkpoint.
 
 import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,7 +37,15 @@ def describe_run(options: TaskOptions, runtime: Mapping[str, str]) -> dict[str, 
         **describe_checkpoint(options.checkpoint),
         **runtime,
         "seed": options.seed if isinstance(options, ModelOptions) else None,
+        **describe_recipe(options),
     }
+
+
+def describe_recipe(options: TaskOptions) -> dict[str, str]:
+    """Return the name of the recipe and the flags that it stands for; nothing without one."""
+    if not isinstance(options, FinetuneOptions) or options.recipe is None:
+        return {}
+    return {"recipe": options.recipe, "recipe flags": shlex.join(options.recipe_flags)}
 
 
 def describe_checkpoint(path: str | None) -> dict[str, Any]:
@@ -94,6 +103,8 @@ def record_finetuning(
 ) -> None:
     """Write the tables of fine-tuning, and the records of its tables and prediction files.
 
+    A recipe's predictions are also written under the names for extra work.
+
     Args:
         options: of the run.
         results: by split, predicted by the classifier that the run has written.
@@ -109,6 +120,10 @@ def record_finetuning(
     record = {**record, **describe_checkpoint(options.filepath)}
     record_predictions(options.prediction_files, results, record)
     record_predictions(options.tables, results, record)
+    for split, path in options.advanced_files.items():
+        with open_atomically(path, "wb") as file:
+            file.write(Path(options.prediction_files[split]).read_bytes())
+    record_predictions(options.advanced_files, results, record)
 
 
 def write_table(path: str | Path, result: Evaluation, label_names: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from beyond.methods.rule import apply_rule
 from beyond.options import FinetuneOptions
 from beyond.processes import broadcast_object, is_main_process
 from beyond.run import check_hyperparameters
@@ -22,6 +23,7 @@ def run_seeds(options: FinetuneOptions, finetune: Finetune) -> None:
         options: of all runs. Without `seeds` there is one run and no summary.
         finetune: runs one seed; handed over by `run_llama.run_task`.
     """
+    options = apply_rule(options)
     if not options.seeds:
         finetune(options)
         return

@@ -9,6 +9,7 @@ import argparse
 from dataclasses import dataclass
 
 from beyond.flags import dropout_probability, flag, non_negative, non_negative_int, switch
+from beyond.methods.recipes import RECIPES
 from utils import at_least_one
 
 POOLINGS = ("last", "mean", "max", "attention", "before_stop")
@@ -60,6 +61,13 @@ class ZeroShotOptions:
 class MethodOptions:
     """Options that change how `--option finetune` trains; each is off by default."""
 
+    recipe: str | None = flag(
+        "a named set of the flags below, and of --causal, --lr and --epochs (see "
+        "beyond/methods/recipes.py); flags that are given too override it; also writes the "
+        "predictions to ...{dev,test}-advanced-output.txt",
+        None,
+        choices=tuple(RECIPES),
+    )
     pooling: str = flag(
         "what represents a sentence: its last token (in reference mode the batch's last column); "
         "the mean, the maximum or a learned attention over its own tokens; or the token before "

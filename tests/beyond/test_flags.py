@@ -83,6 +83,7 @@ CHANGES: dict[tuple[str, str], list[str]] = {
     ("finetune", "lr"): ["--lr", "1e-3"],
     ("finetune", "dropout"): ["--dropout", "0.5"],
     ("finetune", "hidden_dropout_prob"): ["--hidden_dropout_prob", "0.9"],
+    ("finetune", "recipe"): ["--recipe", "better"],
     ("finetune", "pooling"): ["--pooling", "mean"],
     ("finetune", "pool_layer"): ["--pool_layer", "1"],
     ("finetune", "head"): ["--head", "label_words", "--label-names", "short.json"],

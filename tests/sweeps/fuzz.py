@@ -647,6 +647,7 @@ def arguments(rng: random.Random, inputs: Sequence[str], outputs: Sequence[str])
     words |= {"seeds": rng.choice(("1,2", "1", "1,,2")), "save_every": rng.choice(("1", "0"))}
     words |= {"micro_batch_size": rng.choice(("1", "3", "-1"))}
     words |= {"pooling": rng.choice((*POOLINGS, "x")), "head": rng.choice((*HEADS, "x"))}
+    words |= {"recipe": rng.choice(("better", "x"))}
     words |= {"pool_layer": rng.choice(("1", "2", *ints))}
     rates = ("label_smoothing", "warmup", "layer_decay", "weight_decay", "max_grad_norm", "ema")
     words |= {name: rng.choice(floats) for name in (*rates, "lora_alpha", "wise_ft")}

@@ -1,0 +1,236 @@
+"""`--recipe`: which flags it stands for, what overrides it, its rule, and its results."""
+
+import json
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import run_llama
+from base_llama import read_checkpoint
+from beyond.command_line import get_args
+from beyond.methods.recipes import RECIPES, epochs, learning_rate
+from beyond.methods.rule import resolve_rule
+from beyond.options import FinetuneOptions, flags_of
+from tests.beyond.runs import assert_equal, interrupt, run
+from tests.conftest import SENTENCES, make_llama, save_llama
+
+BETTER = ["--option", "finetune", "--recipe", "better"]
+SHORT = [*BETTER, "--batch_size", "3", "--epochs", "2", "--filepath", "out/a.pt"]
+SHORT += ["--dev_out", "out/dev-finetuning-output.txt"]
+SHORT += ["--test_out", "out/test-finetuning-output.txt"]
+
+
+def options_of(*flags: str) -> FinetuneOptions:
+    options = get_args([*BETTER, *flags])
+    assert isinstance(options, FinetuneOptions)
+    return options
+
+
+def printed_recipe(out: str) -> list[str]:
+    """Return the words of the line that says which flags a recipe stands for."""
+    (line,) = [line for line in out.splitlines() if line.startswith("recipe ")]
+    return shlex.split(line.removeprefix("recipe better: "))
+
+
+# ------------------------------------------------------------------------------------------ flags
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_sets_its_flags_and_no_other(workplace: Path, name: str) -> None:
+    options = get_args(["--option", "finetune", "--recipe", name])
+    plain = get_args(["--option", "finetune"])
+    assert isinstance(options, FinetuneOptions)
+    different = {
+        flag: getattr(options, flag)
+        for flag in flags_of(FinetuneOptions)
+        if getattr(options, flag) != getattr(plain, flag)
+    }
+    filepath = f"output/task_3/cfimdb-finetune-{name}.pt"
+    assert different == {**RECIPES[name], "recipe": name, "filepath": filepath}
+    assert options.left_to_rule == ("lr", "epochs") and options.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--pooling", "last"], {"pooling": "last"}),
+        (["--layer_decay", "1"], {"layer_decay": 1.0}),
+        (["--no-causal"], {"causal": False}),
+        (["--lr", "0.5"], {"lr": 0.5, "left_to_rule": ("epochs",)}),
+        (["--epochs", "1"], {"epochs": 1, "left_to_rule": ("lr",)}),
+        (["--epochs", "1", "--lr", "2e-5"], {"lr": 2e-5, "left_to_rule": ()}),
+    ],
+)
+def test_given_flags_override_the_recipe(
+    workplace: Path, flags: list[str], expected: dict[str, object]
+) -> None:
+    """Even with the value that the flag has by default; the recipe's other flags stay."""
+    options = options_of(*flags)
+    values = {**RECIPES["better"], **expected}
+    assert {name: getattr(options, name) for name in values} == values
+
+
+@pytest.mark.parametrize(
+    ("flags", "without"),
+    [
+        (["--head", "label_words"], "pooling"),
+        (["--freeze_backbone"], "layer_decay"),
+        (["--lora_rank", "2"], "layer_decay"),
+    ],
+)
+def test_a_flag_that_contradicts_a_given_one_is_left_out(
+    workplace: Path, flags: list[str], without: str
+) -> None:
+    options = options_of(*flags)
+    assert options.notes == (f"--recipe better without --{without}, which the other flags exclude",)
+    assert getattr(options, without) == getattr(FinetuneOptions, without)
+    for name in RECIPES["better"].keys() - {without}:
+        assert getattr(options, name) == RECIPES["better"][name]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--recipe", "best"], "argument --recipe: invalid choice: 'best' (choose from 'better')"),
+        (
+            [*BETTER[2:], "--lora_rank", "2", "--mixout", "0.1"],
+            "--mixout and --lora_rank: mixout is for weights that train; leave one out",
+        ),
+        (
+            [*BETTER[2:], "--layer_decay", "0.8", "--freeze_backbone"],
+            "--layer_decay and --freeze_backbone: the layers' own weights do not train; leave one "
+            "out",
+        ),
+    ],
+)
+def test_bad_flags_are_refused(
+    workplace: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    """Also those that contradict each other without the recipe."""
+    status, out, err = run(["--option", "finetune", *flags], capsys)
+    assert (status, out, err) == (2, "", f"run_llama.py: error: {message}\n")
+
+
+# ------------------------------------------------------------------------------------------- rule
+
+
+def test_the_rate_falls_with_the_root_of_the_size() -> None:
+    assert learning_rate(3_000_000) == 1e-4
+    assert learning_rate(12_000_000) == 5e-5
+    assert learning_rate(48_000_000) == 2.5e-5
+    assert learning_rate(5_000_000) == 7.7e-5  # two digits
+    assert (learning_rate(1), learning_rate(10**12)) == (3e-4, 1e-5)  # the limits
+
+
+def test_many_lines_get_fewer_epochs() -> None:
+    assert epochs(1) == epochs(4999) == 5
+    assert epochs(5000) == epochs(10**6) == 3
+
+
+def test_the_rule_counts_parameters_and_lines(workplace: Path) -> None:
+    """A matrix that is used twice counts once, in whichever dtype the file has it."""
+    dim, layers, vocabulary, width = 48, 2, 320, 128  # `SHAPE`; the hidden size of SwiGLU
+    attention = dim * dim * 2 + 2 * dim * dim // 2
+    count = vocabulary * dim + dim + layers * (attention + 3 * dim * width + 2 * dim)
+    llama = make_llama(causal=False)
+    assert count == sum(p.numel() for p in llama.parameters())
+    options = resolve_rule(options_of())
+    assert (options.lr, options.epochs, options.left_to_rule) == (learning_rate(count), 5, ())
+    larger = make_llama(causal=False, dim=480, vocab_size=320, n_heads=6, n_kv_heads=6)
+    save_llama(larger.half(), Path("large.pt"))
+    count = sum(p.numel() for p in larger.parameters())
+    Path("many.txt").write_text("\n".join([SENTENCES[0]] * 5000) + "\n")
+    flags = ["--pretrained-model-path", "large.pt", "--tokenizer_path", "tokenizer.model"]
+    options = resolve_rule(options_of(*flags, "--train", "many.txt"))
+    assert (options.lr, options.epochs) == (learning_rate(count), 3)
+    assert options.lr < 1e-4
+
+
+def test_given_rate_and_epochs_are_kept(workplace: Path) -> None:
+    """The checkpoint is not read then."""
+    options = options_of("--lr", "0.5", "--epochs", "7")
+    Path("stories42M.pt").unlink()
+    assert resolve_rule(options) == replace(options, left_to_rule=())
+
+
+def test_options_without_their_rule_start_no_run(workplace: Path) -> None:
+    with pytest.raises(AssertionError, match="rule has not been applied"):
+        options_of().run  # noqa: B018
+
+
+# ---------------------------------------------------------------------------------------- results
+
+
+def test_the_printed_flags_give_the_same_run(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = run(SHORT, capsys)
+    assert status == 0, err
+    flags = printed_recipe(out)
+    expected = ["--causal", "--pooling", "mean", "--warmup", "0.06", "--linear_decay"]
+    expected += ["--layer_decay", "0.9", "--ema", "0.99", "--lr", "0.0003", "--epochs", "2"]
+    assert flags == expected
+    by_recipe = read_checkpoint("out/a.pt")
+    plain = [word for word in SHORT if word not in ("--recipe", "better")]
+    status, out, err = run([*plain, *flags], capsys)
+    assert status == 0 and "recipe" not in out, err
+    assert_equal(read_checkpoint("out/a.pt"), by_recipe)
+
+
+def test_predictions_are_also_written_for_extra_work(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = run(SHORT, capsys)
+    assert status == 0, err
+    for split in ("dev", "test"):
+        path, finetuning = (f"out/{split}-{w}-output.txt" for w in ("advanced", "finetuning"))
+        assert Path(path).read_bytes() == Path(finetuning).read_bytes()
+        records = [json.loads(Path(f"{name}.json").read_text()) for name in (path, finetuning)]
+        assert records[0]["scores"] == records[1]["scores"]
+        for record in records:
+            assert record["recipe"] == "better"
+            assert shlex.split(record["recipe flags"]) == printed_recipe(out)
+        assert path in out
+    assert list(options_of("--dataset", "sst").advanced_files.values()) == [
+        "output/task_3/sst-dev-advanced-output.txt",
+        "output/task_3/sst-test-advanced-output.txt",
+    ]
+
+
+def test_without_a_recipe_nothing_of_it_is_written(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = [word for word in SHORT if word not in ("--recipe", "better")]
+    status, out, err = run(plain, capsys)
+    assert status == 0 and "recipe" not in out, err
+    assert not list(Path("out").glob("*advanced*"))
+    assert "recipe" not in json.loads(Path("out/a.pt.json").read_text())
+
+
+def test_several_seeds_have_files_for_extra_work_of_their_own(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = run([*SHORT, "--seeds", "1,2"], capsys)
+    assert status == 0, err
+    assert printed_recipe(out)  # once
+    names = sorted(path.name for path in Path("out").glob("*advanced-output.txt"))
+    splits = ("dev", "test")
+    assert names == [f"seed-{n}-{split}-advanced-output.txt" for n in (1, 2) for split in splits]
+    settings = json.loads(Path("out/a.seeds.json").read_text())["settings"]
+    assert (settings["recipe"], settings["lr"]) == ("better", "0.0003")
+
+
+def test_a_run_of_a_recipe_can_be_resumed(workplace: Path) -> None:
+    assert run_llama.main(SHORT) == 0
+    expected = read_checkpoint("out/a.pt")
+    advanced = Path("out/dev-advanced-output.txt").read_bytes()
+    for path in Path("out").glob("*.*"):
+        if path.is_file():
+            path.unlink()
+    assert interrupt(SHORT, steps=4) == 130
+    assert not Path("out/dev-advanced-output.txt").exists()
+    assert run_llama.main([*SHORT, "--resume"]) == 0
+    assert_equal(read_checkpoint("out/a.pt"), expected)
+    assert Path("out/dev-advanced-output.txt").read_bytes() == advanced
