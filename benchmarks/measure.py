@@ -2,15 +2,15 @@
 
 import multiprocessing
 import platform
-import re
 import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 import transformers
+
+from benchmarks.machine import peak_resident, processor
 
 LONG = 0.005  # seconds; the next size takes up to 64 times as long, and ten times in all
 Work = Callable[[], object]
@@ -59,11 +59,9 @@ def _peak_memory(make_work: MakeWork, what: Sequence[object], device: torch.devi
         work()
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    # Not getrusage's maximum: on Linux a child process starts with its parent's maximum.
-    status = Path("/proc/self/status")
-    if status.exists():
-        (peak,) = re.findall(r"VmHWM:\s*(\d+) kB", status.read_text())
-        return int(peak) / 2**20
+    peak = peak_resident()
+    if peak is not None:
+        return peak / 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
@@ -100,12 +98,7 @@ def describe_machine(device: torch.device) -> str:
     if device.type == "cuda":
         machine = torch.cuda.get_device_name()
     else:
-        cpuinfo = Path("/proc/cpuinfo")
-        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-        models = [line.split(": ")[1] for line in lines if line.startswith("model name")]
-        machine = (
-            f"{models[0] if models else platform.machine()}, {torch.get_num_threads()} threads"
-        )
+        machine = f"{processor()}, {torch.get_num_threads()} threads"
     return (
         f"{machine}; Python {platform.python_version()}, PyTorch {torch.__version__}, "
         f"transformers {transformers.__version__}; {time.strftime('%Y-%m-%d')}"

@@ -1,0 +1,139 @@
+"""Measure how well ways of fine-tuning work; writes `results.csv` and `benchmarks/QUALITY.md`.
+
+    uv run python -m benchmarks.quality [--stage NAME ...] [--plan FILE] [--list | --report]
+
+`plan.toml` says which runs there are; see `plan.py`. Those that `results.csv` already has are not
+repeated. After Ctrl-C, or after a kill, the same command continues in the middle of a run.
+Choices between methods are made on dev only, so give the stages that read test last.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from benchmarks.machine import processor
+from benchmarks.quality.estimate import Estimator, show_duration
+from benchmarks.quality.measurement import DEFAULT_PLAN, Files, Measurement
+from benchmarks.quality.plan import Plan
+from benchmarks.quality.process import RunFailed, finetune
+from benchmarks.quality.report import decimals
+from benchmarks.quality.runs import Run, check_inputs
+from beyond.interrupts import Interrupted, signals_raise
+from utils import OneLineParser, describe_error, lock_results, prepare_output
+
+
+def say(text: str) -> None:
+    """Print a line at once."""
+    print(text, flush=True)
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line.
+
+    Raises:
+        ValueError: an argument is unknown or lacks its value.
+    """
+    parser = OneLineParser(
+        prog="python -m benchmarks.quality", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument(
+        "--plan", type=Path, default=DEFAULT_PLAN, metavar="FILE", help="the plan, a TOML file"
+    )
+    parser.add_argument(
+        "--stage", action="append", metavar="NAME", help="run this stage only; may be repeated"
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--list", action="store_true", help="print which runs are missing, and end")
+    what.add_argument("--report", action="store_true", help="write the report only")
+    return parser.parse_args(argv)
+
+
+def choose_stages(plan: Plan, names: Sequence[str] | None) -> list[str]:
+    """Return the names of the stages to run, in the order of the plan."""
+    known = [stage.name for stage in plan.stages]
+    for name in names or ():
+        if name not in known:
+            raise ValueError(f"--stage {name}: unknown; the plan has {', '.join(known)}")
+    return [name for name in known if names is None or name in names]
+
+
+def run_missing(measurement: Measurement, runs: Sequence[Run], estimator: Estimator) -> int:
+    """Do the runs, one after the other; returns how many have failed."""
+    failed = 0
+    for number, run in enumerate(runs, start=1):
+        left, _ = estimator.total(runs[number - 1 :])
+        seconds, _ = estimator.seconds(run)
+        end = f"{datetime.now() + timedelta(seconds=left):%a %H:%M}"
+        title = f"run {number} of {len(runs)}"
+        say(f"{title}: {run.name} (about {show_duration(seconds)}; the last one ends about {end})")
+        try:
+            measured = finetune(run)
+        except RunFailed as error:
+            failed += 1
+            say(f"{title}: failed: {error}")
+            continue
+        result = measurement.add(run, measured)
+        estimator.add(result)
+        test = f", test {decimals(result.test)}" if result.has_test else ""
+        say(f"{title}: dev {decimals(result.dev)}{test}, {show_duration(result.seconds)}")
+    return failed
+
+
+def measure(args: argparse.Namespace) -> int:
+    """Do what the command line asks for; returns the exit status."""
+    measurement = Measurement(Files.of_plan(args.plan))
+    if note := measurement.describe_others():
+        say(f"note: {note}")
+    stages = choose_stages(measurement.plan, args.stage)
+    if args.report:
+        measurement.report()
+        say(f"wrote {measurement.files.report}")
+        return 0
+    missing = measurement.missing(stages)
+    for run in missing:
+        check_inputs(run)
+    for path in (measurement.files.results, measurement.files.report):
+        prepare_output(path)
+    for stage in stages:
+        runs = measurement.missing([stage])
+        say(f"stage {stage}: {len(runs)} of {len(measurement.runs[stage])} runs are missing")
+        for run in runs:
+            say(f"  {run.name}")
+    estimator = Estimator(measurement.results, processor(), measurement.plan.threads)
+    seconds, sources = estimator.total(missing)
+    origin = "; ".join(f"{count} from {source}" for source, count in sources.items())
+    if missing:
+        say(f"{len(missing)} runs, about {show_duration(seconds)} (estimated: {origin})")
+    if args.list:
+        return 0
+    with lock_results([measurement.files.results], say):
+        failed = run_missing(measurement, missing, estimator)
+        measurement.report()
+    say(f"wrote {measurement.files.report}")
+    if failed:
+        say(f"{failed} runs failed; the same command tries them again")
+    return 1 if failed else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line (None: the program's); returns the exit status."""
+    return report_errors(lambda: measure(parse_args(argv)))
+
+
+def report_errors(work: Callable[[], int]) -> int:
+    """Do some work; print an error or an interruption in one line, and return the exit status."""
+    try:
+        with signals_raise():
+            return work()
+    except Interrupted as interrupt:
+        say("interrupted; the same command continues where it stopped")
+        return 128 + interrupt.number
+    except (ValueError, OSError) as error:
+        print(f"benchmarks.quality: error: {describe_error(error)}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

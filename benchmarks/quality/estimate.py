@@ -1,0 +1,84 @@
+"""How long runs will take: from earlier results on this machine, else from one timed step."""
+
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+
+from benchmarks.quality.results import Result
+from benchmarks.quality.runs import Run, parse_resolved
+from benchmarks.quality.timing import time_steps
+from utils import read_lines
+
+METHOD = "earlier runs of the same method"
+OTHERS = "earlier runs of other methods"
+STEP = "one timed step of the plain recipe"
+
+
+class Estimator:
+    """Estimates the seconds of runs.
+
+    Args:
+        results: those of earlier runs; those of other machines are not used.
+        machine: the processor.
+        threads: of each run.
+    """
+
+    def __init__(self, results: Iterable[Result], machine: str, threads: int) -> None:
+        self.results = [r for r in results if (r.machine, r.threads) == (machine, threads)]
+        self.threads = threads
+        self.timed: dict[tuple[str, str], float] = {}
+
+    def add(self, result: Result) -> None:
+        """Use a result of this machine too."""
+        self.results.append(result)
+
+    def seconds(self, run: Run) -> tuple[float, str]:
+        """Return the seconds that a run will take, and what that is estimated from."""
+        sentences = run.options.epochs * count_lines(run.options.train)
+        same = [
+            result
+            for result in self.results
+            if (result.checkpoint_hash, result.data) == (run.checkpoint_hash, run.data)
+        ]
+        of_method = [result for result in same if result.method == run.method]
+        if of_method or same:
+            rate = statistics.median(seconds_per_sentence(r) for r in of_method or same)
+            return rate * sentences, METHOD if of_method else OTHERS
+        key = run.checkpoint, run.data
+        if key not in self.timed:
+            train, evaluate = time_steps(run.options, self.threads)
+            share = count_lines(run.options.dev) / count_lines(run.options.train)
+            self.timed[key] = train + (1 + share) * evaluate  # each epoch evaluates train and dev
+        return self.timed[key] * sentences, STEP
+
+    def total(self, runs: Sequence[Run]) -> tuple[float, Counter[str]]:
+        """Return the seconds of all runs, and how many are estimated from what."""
+        estimates = [self.seconds(run) for run in runs]
+        return sum(seconds for seconds, _ in estimates), Counter(source for _, source in estimates)
+
+
+def seconds_per_sentence(result: Result) -> float:
+    """Return the seconds of a run for each sentence that it has trained on, evaluation included."""
+    batch_size = int(parse_resolved(result.flags).get("batch_size", 8))
+    return result.seconds / (result.steps * batch_size)
+
+
+@cache
+def count_lines(path: str) -> int:
+    """Return the number of lines of a file."""
+    return len(read_lines(Path(path)))
+
+
+def show_duration(seconds: float) -> str:
+    """Return a duration with two digits: 42 s, 4.2 min or 4.2 h."""
+    for limit, unit, size in ((90, "s", 1), (90 * 60, "min", 60)):
+        if seconds < limit:
+            return f"{round_to_two(seconds / size)} {unit}"
+    return f"{round_to_two(seconds / 3600)} h"
+
+
+def round_to_two(value: float) -> str:
+    """Return a number with two digits, or more before the point."""
+    return f"{value:.1f}" if value < 9.95 else f"{value:.0f}"

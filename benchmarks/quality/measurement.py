@@ -1,0 +1,102 @@
+"""A measurement: a plan, its runs, the results so far, and the report of them."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from benchmarks.machine import processor
+from benchmarks.quality.plan import Plan, read_plan
+from benchmarks.quality.process import Measured
+from benchmarks.quality.report import write_report
+from benchmarks.quality.results import (
+    Result,
+    add_result,
+    current_commit,
+    find_result,
+    is_result_of,
+    read_results,
+)
+from benchmarks.quality.runs import Run, list_runs
+from benchmarks.quality.tables import make_tables
+
+DEFAULT_PLAN = Path(__file__).with_name("plan.toml")
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files of a plan: itself, its results and its report."""
+
+    plan: Path
+    results: Path
+    report: Path
+
+    @classmethod
+    def of_plan(cls, plan: Path) -> "Files":
+        """Return the files of a plan: those of another plan than the default are beside it."""
+        if plan.suffix != ".toml":
+            raise ValueError(f"--plan {plan}: must end in .toml")
+        if plan.resolve() == DEFAULT_PLAN.resolve():
+            return cls(plan, plan.with_name("results.csv"), plan.parent.parent / "QUALITY.md")
+        return cls(plan, plan.with_suffix(".csv"), plan.with_suffix(".md"))
+
+
+class Measurement:
+    """A plan, its runs by stage, and the results so far.
+
+    Args:
+        files: of the plan.
+    """
+
+    def __init__(self, files: Files) -> None:
+        self.files = files
+        self.plan: Plan = read_plan(files.plan)
+        self.runs = {stage.name: list_runs(self.plan, stage) for stage in self.plan.stages}
+        self.results = read_results(files.results)
+
+    def missing(self, stages: Sequence[str]) -> list[Run]:
+        """Return the runs of some stages that have no result, each once, in their order."""
+        chosen: dict[Run, Run] = {}
+        for stage in stages:
+            for run in self.runs[stage]:
+                if find_result(self.results, run) is None:
+                    key = replace(run, dev_only=True)
+                    # One that reads test as well is a result for both.
+                    chosen[key] = run if key not in chosen or not run.dev_only else chosen[key]
+        return list(chosen.values())
+
+    def add(self, run: Run, measured: Measured) -> Result:
+        """Add the result of a run, and write the report again."""
+        names = ("checkpoint", "checkpoint_hash", "data", "data_hash", "train_lines", "method")
+        result = Result(
+            date=datetime.now(UTC).isoformat(timespec="seconds"),
+            commit=current_commit(),
+            machine=processor(),
+            threads=self.plan.threads,
+            **{name: getattr(run, name) for name in (*names, "flags", "seed")},
+            **asdict(measured),
+        )
+        add_result(self.files.results, result)
+        self.results.append(result)
+        self.report()
+        return result
+
+    def report(self) -> None:
+        """Write the report and its picture."""
+        tables, used = make_tables(self.plan, self.runs, self.results), self.used_results()
+        write_report(self.plan, tables, used, self.files.report, self.files.results)
+
+    def describe_others(self) -> str:
+        """Say how many results are not in the tables; empty if all are."""
+        used = len(self.used_results())
+        if used == len(self.results):
+            return ""
+        return (
+            f"{len(self.results) - used} of {len(self.results)} results in {self.files.results} "
+            "are of no run of this plan; they are kept there, and left out of the tables"
+        )
+
+    def used_results(self) -> list[Result]:
+        """Return the results of this plan's runs."""
+        runs = [run for runs in self.runs.values() for run in runs]
+        return [r for r in self.results if any(is_result_of(r, run) for run in runs)]

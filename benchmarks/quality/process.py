@@ -1,0 +1,189 @@
+"""One run in a process of its own: start or resume it, watch it, and read its results."""
+
+import ctypes
+import json
+import math
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from benchmarks.machine import peak_resident
+from benchmarks.quality.runs import Run
+from beyond.interrupts import Interrupted
+from beyond.options import record_path, training_checkpoint
+from utils import open_atomically, read_lines
+
+RUN_LLAMA = Path(__file__).parent.parent.parent / "run_llama.py"
+POLL, SAVE = 0.2, 10.0  # seconds between two looks at the process, and between two notes of them
+LOCKED_TRIES = 60  # seconds to wait for the process of a run whose harness was killed
+PR_SET_PDEATHSIG = 1
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+class RunFailed(Exception):
+    """A run ended with an error; the message is its last line."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What came out of a run; see `results.Result`."""
+
+    dev: float
+    test: float
+    best_epoch: int
+    steps: int
+    seconds: float
+    memory_mib: float
+
+
+@dataclass
+class Usage:
+    """Time and peak memory of a run so far, over all its processes.
+
+    They are noted in a file, so that an interrupted run loses at most `SAVE` seconds of them.
+    """
+
+    seconds: float = 0.0
+    memory_mib: float = math.nan
+
+    @classmethod
+    def read(cls, path: Path) -> "Usage":
+        """Read what an earlier process has used; nothing if there is no such file."""
+        try:
+            return cls(**{name: float(v) for name, v in json.loads(path.read_bytes()).items()})
+        except (OSError, ValueError, TypeError, AttributeError):
+            return cls()
+
+    def write(self, path: Path) -> None:
+        """Write the file, completely or not at all."""
+        with open_atomically(path) as file:
+            json.dump(asdict(self), file)
+
+    def note_memory(self, peak: float | None) -> None:
+        """Take over a peak, in MiB, if it is known and the highest so far."""
+        if peak is not None:
+            self.memory_mib = peak if math.isnan(self.memory_mib) else max(peak, self.memory_mib)
+
+
+def finetune(run: Run) -> Measured:
+    """Do a run, or the rest of it if it was interrupted; its files are deleted at the end.
+
+    Raises:
+        Interrupted: a signal came; the run can be resumed.
+        RunFailed: the program ended with an error.
+    """
+    state = training_checkpoint(str(run.folder / "classifier.pt"))
+    for attempt in range(LOCKED_TRIES):
+        resumed = state.exists()
+        status, message = run_process(run, resumed)
+        if status == 0:
+            measured = read_results(run)
+            shutil.rmtree(run.folder)
+            return measured
+        if status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+            raise Interrupted(status - 128)  # somebody ended the run and not this program
+        if status == 2 and "is writing this file" in message and attempt + 1 < LOCKED_TRIES:
+            time.sleep(1)
+        elif status == 2 and resumed:
+            shutil.rmtree(run.folder)  # the program has changed since, so the run starts again
+        else:
+            raise RunFailed(message or f"ended with status {status}")
+    raise RunFailed(message)
+
+
+def run_process(run: Run, resume: bool) -> tuple[int, str]:
+    """Run the program; returns its exit status and the last line of its standard error.
+
+    Raises:
+        Interrupted: a signal came; the process has been asked to end, and has ended.
+    """
+    run.folder.mkdir(parents=True, exist_ok=True)
+    notes = run.folder / "usage.json"
+    out, err = run.folder / "out.txt", run.folder / "err.txt"
+    usage = Usage.read(notes) if resume else Usage()
+    argv = [sys.executable, str(RUN_LLAMA), *run.argv(), *(["--resume"] if resume else [])]
+    mode = "ab" if resume else "wb"
+    with out.open(mode) as out_file, err.open(mode) as err_file:
+        # In a session of its own, so that Ctrl-C reaches it by way of this program only.
+        process = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=out_file,
+            stderr=err_file,
+            start_new_session=True,
+            preexec_fn=end_with_parent,
+        )
+        try:
+            watch(process, usage, lambda: usage.write(notes))
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+        finally:
+            usage.write(notes)
+    return process.returncode, last_line(err)
+
+
+def watch(process: subprocess.Popen[bytes], usage: Usage, save: Callable[[], None]) -> None:
+    """Wait until a process ends; follow its time and memory, and save them from time to time."""
+    before, start, saved = usage.seconds, time.perf_counter(), 0.0
+    ended = False
+    while not ended:
+        usage.note_memory(peak_resident(process.pid))
+        try:
+            process.wait(POLL)
+            ended = True
+        except subprocess.TimeoutExpired:
+            pass
+        elapsed = time.perf_counter() - start
+        usage.seconds = before + elapsed
+        if elapsed - saved > SAVE:
+            save()
+            saved = elapsed
+
+
+def end_with_parent() -> None:
+    """Ask the system to send SIGTERM to this new process when this program ends, even if killed."""
+    if LIBC is not None:
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def last_line(err: Path) -> str:
+    """Return the last line of standard error, without the program's name and progress bars."""
+    text = err.read_bytes().decode("utf-8", "replace")
+    lines = [line.strip() for line in re.split("[\r\n]+", text)]
+    lines = [line for line in lines if line and "it/s" not in line and "s/it" not in line]
+    return lines[-1].removeprefix("run_llama.py: ").removeprefix("error: ") if lines else ""
+
+
+def read_results(run: Run) -> Measured:
+    """Read the results of a complete run from its records and what it has printed."""
+    options, folder = run.options, run.folder
+    scores = {
+        name: json.loads(Path(record_path(folder / path)).read_bytes())["scores"]
+        for name, path in (
+            ("dev", "dev-finetuning-output.txt"),
+            ("best", "classifier.pt"),
+            # Of a run on dev only, this file holds dev again.
+            *([] if run.dev_only else [("test", "test-finetuning-output.txt")]),
+        )
+    }
+    if None in (score["accuracy"] for score in scores.values() if "accuracy" in score):
+        raise RunFailed("the dev or the test file has no labels")
+    out = (folder / "out.txt").read_bytes().decode("utf-8", "replace")
+    done = max(int(number) for number in re.findall(r"^epoch (\d+):", out, re.MULTILINE)) + 1
+    usage = Usage.read(folder / "usage.json")
+    return Measured(
+        dev=scores["dev"]["accuracy"],
+        test=scores["test"]["accuracy"] if "test" in scores else math.nan,
+        best_epoch=scores["best"]["epoch"],
+        steps=done * math.ceil(len(read_lines(options.train)) / options.batch_size),
+        seconds=usage.seconds,
+        memory_mib=usage.memory_mib,
+    )

@@ -1,0 +1,167 @@
+"""The report: a Markdown file with a table for each checkpoint and data set, and the picture."""
+
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from benchmarks.quality.intervals import Difference, deviation
+from benchmarks.quality.picture import draw
+from benchmarks.quality.plan import Plan, Stage
+from benchmarks.quality.results import Result
+from benchmarks.quality.tables import Row, Table
+from utils import open_atomically
+
+HEAD = """\
+# Which ways of fine-tuning help
+
+Measured by `{command}`, which also writes this file. Each run is one
+`run_llama.py --option finetune`; every result is a line of `{results}`, with its commit, machine
+and checkpoint. Choices between methods are made on dev only.
+
+- *dev*, *test*: mean accuracy of the best epoch on dev, and the standard deviation over the seeds.
+- *difference*: the mean difference to the baseline, with its 95% interval in brackets. Runs with
+  the same seed are compared (paired t interval), so two seeds give a wide interval and one none.
+- *seeds*: how many are measured; *n of m* if the plan has more.
+- *time*, *memory*: seconds of a whole run, and its peak resident memory, relative to the baseline
+  on the same machine.
+"""
+MISSING = "not measured"
+
+
+def write_report(
+    plan: Plan, tables: Sequence[Table], used: Sequence[Result], report: Path, results: Path
+) -> None:
+    """Write the report and its picture, completely or not at all.
+
+    Args:
+        plan: that of the tables.
+        tables: in their order.
+        used: the results that are in the tables.
+        report: the Markdown file; the picture is beside it, with its name in lower case.
+        results: the CSV file, to be named.
+    """
+    picture = report.with_name(f"{report.stem.lower()}.svg")
+    with open_atomically(picture) as file:
+        file.write(draw(tables))
+    with open_atomically(report) as file:
+        file.writelines(f"{line}\n" for line in lines(plan, tables, used, picture.name, results))
+
+
+def lines(
+    plan: Plan, tables: Sequence[Table], used: Sequence[Result], picture: str, results: Path
+) -> Iterator[str]:
+    """Yield the lines of the report."""
+    command = "uv run python -m benchmarks.quality"
+    default = Path(__file__).with_name("plan.toml")
+    if plan.path.resolve() != default:
+        command += f" --plan {plan.path}"
+    yield from HEAD.format(command=command, results=results.name).split("\n")
+    yield describe_origin(used)
+    if used:
+        yield from ("", f"![Differences to the baseline, by method and seed]({picture})")
+    for stage in plan.stages:
+        yield from ("", f"## {stage.name}", "", describe_stage(stage))
+        for table in tables:
+            if table.stage is stage:
+                yield from ("", f"### {table.title}", "", *table_lines(table))
+    methods = {method: shlex_join(plan, method) for method in plan.methods}
+    yield from ("", "## The methods", "", "| method | flags |", "|---|---|")
+    yield from (f"| {name} | {flags} |" for name, flags in methods.items())
+
+
+def shlex_join(plan: Plan, method: str) -> str:
+    """Return the flags of a method as code; none are the plain recipe."""
+    flags = " ".join(plan.methods[method])
+    return f"`{flags}`" if flags else "none: the assignment's recipe"
+
+
+def describe_origin(used: Sequence[Result]) -> str:
+    """Say on which machines and at which commits the results were measured."""
+    if not used:
+        return "No run of this plan is complete yet."
+    threads = {n: f"{n} thread{'s' if n > 1 else ''}" for n in {r.threads for r in used}}
+    machines = sorted({f"{result.machine}, {threads[result.threads]}" for result in used})
+    commits = sorted({result.commit for result in used})
+    days = sorted(result.date[:10] for result in used)
+    return (
+        f"{len(used)} runs, from {days[0]} to {days[-1]}; {'; '.join(machines)}; "
+        f"commits {', '.join(commits)}."
+    )
+
+
+def describe_stage(stage: Stage) -> str:
+    """Say in a sentence what the runs of a stage have in common."""
+    if stage.train_lines is None:
+        lines = "All training lines"
+    elif stage.subset_seed is None:
+        lines = f"The first {stage.train_lines} training lines"
+    else:
+        lines = f"{stage.train_lines} training lines, drawn by seed {stage.subset_seed}"
+    splits = "dev and test" if "test" in stage.splits else "dev only, test is left unread"
+    seeds = ", ".join(map(str, stage.seeds))
+    return f"{lines}; {splits}; seeds {seeds}; the baseline is *{stage.baseline}*."
+
+
+def table_lines(table: Table) -> Iterator[str]:
+    """Yield the lines of a table."""
+    heads = ["method", "seeds"]
+    for split in table.splits:
+        heads += [split, "difference"]
+    heads += ["time", "memory"]
+    yield f"| {' | '.join(heads)} |"
+    yield "|---" * len(heads) + "|"
+    for row in table.rows:
+        yield f"| {' | '.join(cells(row, table))} |"
+    if "test" in table.stage.splits and "test" not in table.splits:
+        yield ""
+        yield f"The test labels of {table.data} are placeholders, so test is left unread."
+
+
+def cells(row: Row, table: Table) -> Iterator[str]:
+    """Yield the cells of a method."""
+    done = len(row.results)
+    yield row.method
+    yield f"{done}" if done == row.planned else f"{done} of {row.planned}"
+    is_baseline = row.method == table.stage.baseline
+    for split in table.splits:
+        yield show_scores(row.scores(split))
+        yield "" if is_baseline or not done else show_difference(row.difference(split))
+    ratios = (row.ratio(lambda r: r.seconds), row.ratio(lambda r: r.memory_mib))
+    if is_baseline and done:
+        seconds, memory = (
+            statistics.median(getattr(result, name) for result in row.results.values())
+            for name in ("seconds", "memory_mib")
+        )
+        yield from (f"{seconds:.0f} s", f"{memory:.0f} MiB")
+    else:
+        # A ratio of unknown memory is NaN.
+        yield from ("" if r is None or r != r else f"{r:.2f}x" for r in ratios)
+
+
+def show_scores(scores: Sequence[float]) -> str:
+    """Return mean and standard deviation."""
+    if not scores:
+        return MISSING
+    mean, spread = sum(scores) / len(scores), deviation(scores)
+    return decimals(mean) + ("" if spread is None else f" ± {decimals(spread)}")
+
+
+def show_difference(difference: Difference | None) -> str:
+    """Return a difference with its interval."""
+    if difference is None:
+        return "n/a"  # the baseline is not measured with these seeds
+    text = signed(difference.mean)
+    if difference.interval is None:
+        return text
+    low, high = difference.interval
+    return f"{text} [{signed(low)}, {signed(high)}]"
+
+
+def decimals(value: float) -> str:
+    """Return an accuracy with three decimals and no zero before the point."""
+    return f"{value:.3f}".removeprefix("0")
+
+
+def signed(value: float) -> str:
+    """Return a difference with a sign, as `decimals` does."""
+    return ("-" if round(value, 3) < 0 else "+") + decimals(abs(value))

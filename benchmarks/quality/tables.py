@@ -1,0 +1,102 @@
+"""What is known of each method of a stage: the rows of the report's tables and pictures."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from benchmarks.quality.intervals import Difference, paired_difference
+from benchmarks.quality.plan import Plan, Stage
+from benchmarks.quality.results import Result, find_result
+from benchmarks.quality.runs import Run
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method on a checkpoint and a data set.
+
+    Attributes:
+        method: its name.
+        planned: the number of seeds in the plan.
+        results: by seed; those that are there.
+        baseline: the results of the method that it is compared with.
+    """
+
+    method: str
+    planned: int
+    results: dict[int, Result]
+    baseline: dict[int, Result]
+
+    def scores(self, split: str) -> list[float]:
+        """Return the accuracies on dev or test, in the order of the seeds."""
+        return [getattr(self.results[seed], split) for seed in sorted(self.results)]
+
+    def difference(self, split: str) -> Difference | None:
+        """Compare the accuracies on dev or test with the baseline's, paired by seed."""
+        values, others = (
+            {seed: getattr(result, split) for seed, result in results.items()}
+            for results in (self.results, self.baseline)
+        )
+        return paired_difference(values, others)
+
+    def ratio(self, quantity: Callable[[Result], float]) -> float | None:
+        """Return the median ratio of a quantity to the baseline's, by seed on the same machine."""
+        ratios = [
+            quantity(result) / quantity(self.baseline[seed])
+            for seed, result in self.results.items()
+            if seed in self.baseline and same_machine(result, self.baseline[seed])
+        ]
+        return statistics.median(ratios) if ratios else None
+
+
+@dataclass(frozen=True)
+class Table:
+    """All methods of a stage on a checkpoint and a data set."""
+
+    stage: Stage
+    checkpoint: str
+    data: str
+    splits: tuple[str, ...]  # those that were read
+    rows: tuple[Row, ...]
+
+    @property
+    def title(self) -> str:
+        """What the table is about."""
+        return f"{self.checkpoint} on {self.data}"
+
+
+def same_machine(a: Result, b: Result) -> bool:
+    """Return whether two results have the same processor and number of threads."""
+    return (a.machine, a.threads) == (b.machine, b.threads)
+
+
+def make_tables(plan: Plan, runs: dict[str, list[Run]], results: Sequence[Result]) -> list[Table]:
+    """Sort results into tables.
+
+    Args:
+        plan: has the stages.
+        runs: by the name of the stage.
+        results: of any plan.
+    """
+    tables = []
+    for stage in plan.stages:
+        for checkpoint in stage.checkpoints:
+            for data in stage.data:
+                here = [r for r in runs[stage.name] if (r.checkpoint, r.data) == (checkpoint, data)]
+                tables.append(make_table(stage, checkpoint, data, here, results))
+    return tables
+
+
+def make_table(
+    stage: Stage, checkpoint: str, data: str, runs: Sequence[Run], results: Sequence[Result]
+) -> Table:
+    """Make the table of a stage's runs on a checkpoint and a data set."""
+    found: dict[str, dict[int, Result]] = {method: {} for method in stage.methods}
+    for run in runs:
+        if (result := find_result(results, run)) is not None:
+            found[run.method][run.seed] = result
+    rows = [
+        Row(method, len(stage.seeds), found[method], found[stage.baseline])
+        for method in stage.methods
+    ]
+    splits = ("dev",) if runs[0].dev_only else stage.splits
+    return Table(stage, checkpoint, data, splits, tuple(rows))

@@ -1,0 +1,65 @@
+"""How long a training step and an evaluation take here, from one of each."""
+
+import contextlib
+import io
+import time
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from beyond.options import FinetuneOptions
+from beyond.runtime import load_model
+from classifier import ClassifierConfig, LlamaEmbeddingClassifier
+from optimizer import AdamW
+from run_llama import classification_loss
+from utils import parse_example, read_label_names, read_lines
+
+
+def time_steps(options: FinetuneOptions, threads: int) -> tuple[float, float]:
+    """Time one plain training step and one evaluation of its sentences.
+
+    The sentences are taken from all over the training file. Before each there is one to warm up.
+
+    Args:
+        options: of a run; flags that change how it trains are left out.
+        threads: CPU threads of PyTorch.
+
+    Returns:
+        Seconds of training, and of evaluation, per sentence.
+    """
+    torch.set_num_threads(threads)
+    with contextlib.redirect_stdout(io.StringIO()):
+        llama, tokenizer, runtime = load_model(options, options.dropout)
+    rows = min(options.batch_size, options.micro_batch_size or options.batch_size)
+    lines = read_lines(options.train)
+    numbers = [i * len(lines) // rows for i in range(min(rows, len(lines)))]
+    examples = [parse_example(lines[i], options.train, i + 1) for i in numbers]
+    longest = llama.config.max_seq_len
+    encoded = [tokenizer.encode(text, bos=True, eos=False)[:longest] for _, text in examples]
+    tokens = pad_sequence([torch.tensor(ids) for ids in encoded], True, tokenizer.pad_id)
+    lengths = torch.tensor([len(ids) for ids in encoded])
+    labels = torch.tensor([label for label, _ in examples])
+    num_labels = len(read_label_names(options.label_names))
+    config = ClassifierConfig(num_labels, "", options.hidden_dropout_prob, option="finetune")
+    model = LlamaEmbeddingClassifier(config, llama).train()
+    optimizer = AdamW(model.parameters(), lr=0.0)
+
+    def train() -> None:
+        optimizer.zero_grad()
+        with runtime.autocast():
+            loss = classification_loss(model(tokens, lengths), labels)
+        loss.backward()
+        optimizer.step()
+
+    @torch.inference_mode()
+    def evaluate() -> None:
+        with runtime.autocast():
+            model(tokens, lengths)
+
+    seconds = []
+    for work in (train, evaluate):
+        work()
+        start = time.perf_counter()
+        work()
+        seconds.append((time.perf_counter() - start) / len(encoded))
+    return seconds[0], seconds[1]
