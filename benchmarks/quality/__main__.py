@@ -8,6 +8,7 @@ Choices between methods are made on dev only, so give the stages that read test 
 """
 
 import argparse
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
@@ -20,7 +21,7 @@ from benchmarks.quality.plan import Plan
 from benchmarks.quality.process import RunFailed, finetune
 from benchmarks.quality.report import decimals
 from benchmarks.quality.runs import Run, check_inputs
-from beyond.interrupts import Interrupted, signals_raise
+from beyond.interrupts import Interrupted, signals_raise, signals_wait
 from utils import OneLineParser, describe_error, lock_results, prepare_output
 
 
@@ -74,7 +75,9 @@ def run_missing(measurement: Measurement, runs: Sequence[Run], estimator: Estima
             failed += 1
             say(f"{title}: failed: {error}")
             continue
-        result = measurement.add(run, measured)
+        with signals_wait():
+            result = measurement.add(run, measured)
+            shutil.rmtree(run.folder)
         estimator.add(result)
         test = f", test {decimals(result.test)}" if result.has_test else ""
         say(f"{title}: dev {decimals(result.dev)}{test}, {show_duration(result.seconds)}")

@@ -48,13 +48,18 @@ class Difference:
 def t_quantile(freedom: int) -> float:
     """Return the 97.5% quantile of Student's distribution with some degrees of freedom.
 
-    Above 30 it is Hill's 1970 expansion around the normal distribution's, right to 4 digits.
+    Above 30 it is Abramowitz & Stegun 26.7.5, an expansion around the normal distribution's.
     """
     if freedom <= len(QUANTILES):
         return QUANTILES[freedom - 1]
     z = NORMAL_QUANTILE
-    first = (z**3 + z) / (4 * freedom)
-    return z + first + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    terms = (
+        z,
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return sum(term / freedom**i for i, term in enumerate(terms))
 
 
 def paired_difference(

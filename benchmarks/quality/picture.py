@@ -16,6 +16,10 @@ ROW, HEAD, FOOT = 26, 44, 40  # heights: of a method, above a panel, and of its 
 FONT = "font-family='system-ui, sans-serif'"
 COLOURS = {"dev": "#084081", "test": "#c2410c"}
 LEAST_RANGE = 0.02  # of the axis, so that differences of no size do not look large
+LEGEND = (
+    "Difference in accuracy to the baseline. Dots: seeds. Diamond: their mean.",
+    "Line: 95% interval of the mean; where no bar ends it, it goes on.",
+)
 Panel = tuple[str, str, list[tuple[str, Difference | None]]]  # title, split, methods
 
 
@@ -34,6 +38,10 @@ def draw(tables: Sequence[Table]) -> str:
             f"<svg xmlns='http://www.w3.org/2000/svg' {size} {FONT} font-size='13'>",
             "<rect width='100%' height='100%' fill='white'/>",
             *parts,
+            *(
+                f"<text x='{MARGIN}' y='{top + 18 * i}' fill='#6b7280'>{line}</text>"
+                for i, line in enumerate(LEGEND)
+            ),
             "</svg>",
             "",
         ]
@@ -102,8 +110,8 @@ def axis_range(differences: Sequence[Difference]) -> tuple[float, float]:
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Return four to nine round numbers within an axis."""
-    raw = (high - low) / 5
+    """Return three to nine round numbers within an axis."""
+    raw = (high - low) / 8
     power = 10 ** math.floor(math.log10(raw))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw)
     first = math.ceil(low / step)

@@ -37,7 +37,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from beyond.flags import seed_number
 from utils import LARGEST_INT
 
 DATA_SETS = ("sst", "cfimdb", "demo")
@@ -118,7 +117,7 @@ def parse_plan(content: Mapping[str, Any], path: Path) -> Plan:
     check_different([stage.name for stage in stages], "[[stages]]: name")
     return Plan(
         path=path,
-        threads=whole_number(content.get("threads", 1), 1, "threads"),
+        threads=whole_number(content.get("threads", 1), "threads"),
         checkpoints={
             name: parse_checkpoint(value, f"checkpoints.{name}")
             for name, value in tables["checkpoints"].items()
@@ -181,10 +180,14 @@ def parse_stage(values: object, number: int, tables: Mapping[str, Any]) -> Stage
         raise ValueError(f"{where}: subset_seed needs train_lines")
     return Stage(
         name=values["name"],
-        seeds=tuple(parse_seed(s, where) for s in parse_list(values["seeds"], f"{where}: seeds")),
+        seeds=tuple(
+            parse_seed(s, f"{where}: seeds") for s in parse_list(values["seeds"], f"{where}: seeds")
+        ),
         baseline=baseline,
-        train_lines=None if lines is None else whole_number(lines, 1, f"{where}: train_lines"),
-        subset_seed=None if subset_seed is None else parse_seed(subset_seed, where),
+        train_lines=None if lines is None else whole_number(lines, f"{where}: train_lines"),
+        subset_seed=None
+        if subset_seed is None
+        else parse_seed(subset_seed, f"{where}: subset_seed"),
         splits=splits,
         **chosen,
     )
@@ -198,19 +201,18 @@ def parse_list(value: object, where: str) -> tuple[Any, ...]:
     return tuple(value)
 
 
+def whole_number(value: object, where: str, lowest: int = 1, highest: int = LARGEST_INT) -> int:
+    """Return a whole number within limits."""
+    if type(value) is not int or not lowest <= value <= highest:
+        raise ValueError(
+            f"{where}: expected a whole number from {lowest} to {highest}, found {shown(value)}"
+        )
+    return value
+
+
 def parse_seed(value: object, where: str) -> int:
     """Return a seed that every random generator takes."""
-    try:
-        return seed_number(str(whole_number(value, 0, f"{where}: seeds")))
-    except Exception as error:
-        raise ValueError(f"{where}: seeds: {error}") from None
-
-
-def whole_number(value: object, lowest: int, where: str) -> int:
-    """Return a whole number from `lowest` on."""
-    if type(value) is not int or not lowest <= value <= LARGEST_INT:
-        raise ValueError(f"{where}: expected a whole number from {lowest}, found {shown(value)}")
-    return value
+    return whole_number(value, where, 0, 2**32 - 1)
 
 
 def check_keys(

@@ -72,7 +72,7 @@ class Usage:
 
 
 def finetune(run: Run) -> Measured:
-    """Do a run, or the rest of it if it was interrupted; its files are deleted at the end.
+    """Do a run, or the rest of it if it was interrupted; its files stay in its folder.
 
     Raises:
         Interrupted: a signal came; the run can be resumed.
@@ -83,9 +83,7 @@ def finetune(run: Run) -> Measured:
         resumed = state.exists()
         status, message = run_process(run, resumed)
         if status == 0:
-            measured = read_results(run)
-            shutil.rmtree(run.folder)
-            return measured
+            return read_results(run)
         if status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
             raise Interrupted(status - 128)  # somebody ended the run and not this program
         if status == 2 and "is writing this file" in message and attempt + 1 < LOCKED_TRIES:

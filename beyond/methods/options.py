@@ -96,7 +96,11 @@ class MethodOptions:
         0.0,
         type=fraction,
     )
-    linear_decay: bool = switch("let the learning rate fall linearly to 0 at the end")
+    linear_decay: bool = flag(
+        "let the learning rate fall linearly to 0 at the end",
+        False,
+        action=argparse.BooleanOptionalAction,  # so that a recipe's can be switched off
+    )
     layer_decay: float = flag(
         "multiply the learning rate by this number for each layer that lies nearer to the input",
         1.0,

@@ -661,12 +661,16 @@ def arguments(rng: random.Random, inputs: Sequence[str], outputs: Sequence[str])
     words |= {name: rng.choice(outputs) for name in (*files, "test_out", "filepath", "output")}
     switches = ["causal", "no-causal", "stop_at_eos", "stream", "use_gpu", "caus", "", "compile "]
     switches += ["resume", "deterministic", "compile", "json", "calibrate", "no-trailing-space"]
-    switches += ["linear_decay", "freeze_backbone"]
+    switches += ["linear_decay", "no-linear_decay", "freeze_backbone"]
     argv = []
     if rng.random() < 0.8:
         argv += ["--option", rng.choice(("prompt", *TASKS))]
     known = flags_of(TASKS[task_of(argv)])
-    own = [name for name in (*words, *switches) if flag_name(name) in {*known, "no_causal"}]
+    own = [
+        name
+        for name in (*words, *switches)
+        if flag_name(name) in {*known, "no_causal", "no_linear_decay"}
+    ]
     for _ in range(rng.choice((0, 1, 1, 2, 4))):
         name = rng.choice(own if rng.random() < 0.8 else (*words, rng.choice(switches)))
         flag = f"--{name.replace(*rng.choice(('_-', '-_')))}"

@@ -58,6 +58,7 @@ def test_a_recipe_sets_its_flags_and_no_other(workplace: Path, name: str) -> Non
         (["--pooling", "last"], {"pooling": "last"}),
         (["--layer_decay", "1"], {"layer_decay": 1.0}),
         (["--no-causal"], {"causal": False}),
+        (["--no-linear-decay"], {"linear_decay": False}),
         (["--lr", "0.5"], {"lr": 0.5, "left_to_rule": ("epochs",)}),
         (["--epochs", "1"], {"epochs": 1, "left_to_rule": ("lr",)}),
         (["--epochs", "1", "--lr", "2e-5"], {"lr": 2e-5, "left_to_rule": ()}),
@@ -70,6 +71,13 @@ def test_given_flags_override_the_recipe(
     options = options_of(*flags)
     values = {**RECIPES["better"], **expected}
     assert {name: getattr(options, name) for name in values} == values
+
+
+def test_every_switch_of_a_recipe_can_be_switched_off(workplace: Path) -> None:
+    for name, recipe in RECIPES.items():
+        for switch in [flag for flag, value in recipe.items() if value is True]:
+            options = get_args(["--option", "finetune", "--recipe", name, f"--no-{switch}"])
+            assert getattr(options, switch) is False
 
 
 @pytest.mark.parametrize(

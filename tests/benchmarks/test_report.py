@@ -1,0 +1,141 @@
+"""The report: its tables follow from the results, by figures that are worked out by hand."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from benchmarks.quality.measurement import DEFAULT_PLAN, Files, Measurement
+from benchmarks.quality.plan import Plan
+from benchmarks.quality.results import Result
+from tests.benchmarks.conftest import make_result, runs_of
+from tests.conftest import ROOT
+
+FILES = Files(Path("plan.toml"), Path("plan.csv"), Path("plan.md"))
+Change = Callable[[str, str], Plan]
+
+
+def report_of(results: list[Result]) -> dict[str, list[str]]:
+    """Write a report; returns the rows of its tables below their heads, by `stage: title`."""
+    measurement = Measurement(FILES)
+    measurement.results = results
+    measurement.report()
+    tables: dict[str, list[str]] = {}
+    stage = title = ""
+    for line in Path("plan.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("## "):
+            stage, title = line[3:], ""
+        elif line.startswith("### "):
+            title = line[4:]
+        elif line.startswith("|") and not line.startswith("|---"):
+            tables.setdefault(f"{stage}: {title}", []).append(line)
+    return tables
+
+
+def test_a_table_has_means_differences_and_costs(plan: Plan) -> None:
+    """dev .50 .52 .54 against .50 three times: +.02, and 4.3027 * .02 / sqrt(3) on each side."""
+    results = []
+    for run in runs_of(plan, "full"):
+        dev, test, cost = 0.5, 0.4, 1.0
+        if run.method == "better":
+            dev, test, cost = 0.48 + 0.02 * run.seed, 0.41, 1.5
+        values = {"seconds": 100 * cost * run.seed, "memory_mib": 400 * cost}
+        results.append(make_result(run, dev, test, **values))
+    tables = report_of(results)
+    assert tables["full: tiny on sst"] == [
+        "| method | seeds | dev | difference | test | difference | time | memory |",
+        "| plain | 3 | .500 ± .000 |  | .400 ± .000 |  | 200 s | 400 MiB |",
+        "| better | 3 | .520 ± .020 | +.020 [-.030, +.070] | .410 ± .000 | +.010 [+.010, +.010] "
+        "| 1.50x | 1.50x |",
+    ]
+    assert tables["full: tiny on cfimdb"] == [
+        "| method | seeds | dev | difference | time | memory |",
+        "| plain | 3 | .500 ± .000 |  | 200 s | 400 MiB |",
+        "| better | 3 | .520 ± .020 | +.020 [-.030, +.070] | 1.50x | 1.50x |",
+    ]
+    assert "The test labels of cfimdb are placeholders" in Path("plan.md").read_text()
+
+
+def test_what_is_planned_and_not_run_is_listed(plan: Plan) -> None:
+    plain, better = runs_of(plan, "full")[:2]
+    tables = report_of([make_result(plain, 0.5, 0.4), make_result(better, 0.45, 0.45)])
+    assert tables["full: tiny on sst"][1:] == [
+        "| plain | 1 of 3 | .500 |  | .400 |  | 90 s | 500 MiB |",
+        "| better | 1 of 3 | .450 | -.050 | .450 | +.050 | 1.00x | 1.00x |",
+    ]
+    assert tables["screen: tiny on sst"][1:] == [
+        "| plain | 0 of 2 | not measured |  |  |  |",
+        "| mean | 0 of 2 | not measured |  |  |  |",
+    ]
+
+
+def test_a_method_without_the_baseline_has_no_difference(plan: Plan) -> None:
+    _, better = runs_of(plan, "full")[:2]
+    tables = report_of([make_result(better, 0.5, 0.4)])
+    assert tables["full: tiny on sst"][2] == "| better | 1 of 3 | .500 | n/a | .400 | n/a |  |  |"
+
+
+def test_a_stage_on_dev_only_shows_no_test_even_if_it_is_known(changed: Change) -> None:
+    """The results of the stage that reads test serve it too."""
+    plan = changed("train_lines = 5\n", "")
+    results = [make_result(run, 0.5, 0.123) for run in runs_of(plan, "full")]
+    table = report_of(results)["screen: tiny on sst"]
+    assert table[1] == "| plain | 2 | .500 ± .000 |  | 90 s | 500 MiB |"
+    assert not any(".123" in line for line in table)
+
+
+def test_costs_of_different_machines_are_not_compared(plan: Plan) -> None:
+    plain, better = runs_of(plan, "full")[:2]
+    results = [make_result(plain, 0.5, 0.4), make_result(better, 0.6, 0.5, machine="another")]
+    tables = report_of(results)
+    assert tables["full: tiny on sst"][2].endswith("| +.100 | .500 | +.100 |  |  |")
+    assert "a processor, fast, 1 thread; another, 1 thread;" in Path("plan.md").read_text()
+
+
+def test_the_baseline_is_that_of_the_stage(changed: Change) -> None:
+    plan = changed('methods = ["plain", "mean"]', 'methods = ["plain", "mean"]\nbaseline = "mean"')
+    results = [
+        make_result(run, 0.5 + 0.1 * (run.method == "plain")) for run in runs_of(plan, "screen")
+    ]
+    table = report_of(results)["screen: tiny on sst"]
+    assert table[1] == "| plain | 2 | .600 ± .000 | +.100 [+.100, +.100] | 1.00x | 1.00x |"
+    assert table[2] == "| mean | 2 | .500 ± .000 |  | 90 s | 500 MiB |"
+
+
+def test_the_report_says_where_its_figures_come_from(plan: Plan) -> None:
+    first, second = runs_of(plan, "full")[:2]
+    report_of([make_result(first, 0.5, 0.4), make_result(second, 0.5, 0.4, commit="abc")])
+    text = Path("plan.md").read_text(encoding="utf-8")
+    assert "2 runs, from 2026-11-26 to 2026-11-26; a processor, fast, 1 thread; " in text
+    assert "commits 0123456789, abc." in text
+    assert "`uv run python -m benchmarks.quality --plan plan.toml`" in text
+    assert "The first 5 training lines; dev only, test is left unread; seeds 1, 2; " in text
+    assert "| mean | `--pooling mean --lr 1e-2` |" in text
+    assert re.findall(r"!\[.*\]\((.*)\)", text) == ["plan.svg"] and Path("plan.svg").exists()
+
+
+def test_results_of_no_run_are_kept_and_left_out(plan: Plan) -> None:
+    (run, *_) = runs_of(plan, "full")
+    measurement = Measurement(FILES)
+    measurement.results = [make_result(run, 0.5, 0.4), make_result(run, 0.9, 0.9, method="old")]
+    assert measurement.describe_others() == (
+        "1 of 2 results in plan.csv are of no run of this plan; they are kept there, and left out "
+        "of the tables"
+    )
+    del measurement.results[1]
+    assert measurement.describe_others() == ""
+
+
+def test_the_committed_report_follows_from_the_committed_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`uv run python -m benchmarks.quality --report` writes it again."""
+    monkeypatch.chdir(ROOT)
+    files = Files.of_plan(DEFAULT_PLAN)
+    if not files.report.exists():
+        pytest.skip("nothing is measured yet")
+    Measurement(Files(files.plan, files.results, tmp_path / files.report.name)).report()
+    for name in ("QUALITY.md", "quality.svg"):
+        committed = files.report.with_name(name).read_text(encoding="utf-8")
+        assert (tmp_path / name).read_text(encoding="utf-8") == committed
