@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,7 +81,7 @@ def changed(place: Path) -> Callable[[str, str], Plan]:
     return change
 
 
-def make_result(run: Run, dev: float, test: float = math.nan, **values: object) -> Result:
+def make_result(run: Run, dev: float, test: float = math.nan, **values: Any) -> Result:
     """Make the result of a run."""
     result = Result(
         date="2026-11-26T01:02:03+00:00",
@@ -102,4 +103,4 @@ def make_result(run: Run, dev: float, test: float = math.nan, **values: object) 
         seconds=90.0,
         memory_mib=500.0,
     )
-    return replace(result, **values)  # type: ignore[arg-type]
+    return replace(result, **values)

@@ -1,0 +1,359 @@
+"""`python -m benchmarks.quality`: its runs, what it prints, and going on after an interruption.
+
+Most tests run `run_llama.py` in this process, since starting a new one takes seconds. Two start
+real processes, and send real signals to them.
+"""
+
+import contextlib
+import io
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import benchmarks.machine
+import benchmarks.quality.process
+import run_llama
+from benchmarks.quality.__main__ import main
+from benchmarks.quality.plan import Plan
+from benchmarks.quality.process import Usage
+from benchmarks.quality.results import Result, add_result, read_results
+from benchmarks.quality.runs import Run
+from beyond.interrupts import Interrupted
+from tests.benchmarks.conftest import make_result, runs_of
+from tests.beyond.runs import interrupt
+from tests.conftest import ROOT
+
+CSV, REPORT = Path("plan.csv"), Path("plan.md")
+PLAN = ["--plan", "plan.toml"]
+Change = Callable[[str, str], Plan]
+
+
+@pytest.fixture
+def started(place: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Let runs happen in this process; returns the command lines that were started."""
+    argvs: list[list[str]] = []
+
+    def run_process(run: Run, resume: bool) -> tuple[int, str]:
+        argvs.append([*run.argv(), *(["--resume"] if resume else [])])
+        run.folder.mkdir(parents=True, exist_ok=True)
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = run_llama.main(argvs[-1])
+        with (run.folder / "out.txt").open("a") as file:
+            file.write(out.getvalue())
+        (run.folder / "err.txt").write_text(err.getvalue())
+        Usage(seconds=1.5, memory_mib=99).write(run.folder / "usage.json")
+        return status, benchmarks.quality.process.last_line(run.folder / "err.txt")
+
+    monkeypatch.setattr(benchmarks.quality.process, "run_process", run_process)
+    return argvs
+
+
+def measure(
+    capsys: pytest.CaptureFixture[str], *argv: str, plan: bool = True
+) -> tuple[int, list[str], str]:
+    """Run a command line; returns its status, the lines that it printed, and its errors."""
+    capsys.readouterr()
+    status = main([*(PLAN if plan else []), *argv])
+    out, err = capsys.readouterr()
+    return status, out.splitlines(), err
+
+
+# -------------------------------------------------------------------------------------------- runs
+
+
+def test_missing_runs_are_run_once(
+    started: list[list[str]], plan: Plan, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = measure(capsys, "--stage", "screen")
+    assert status == 0, err
+    assert out[:5] == [
+        "stage screen: 4 of 4 runs are missing",
+        "  tiny, sst, plain, seed 1",
+        "  tiny, sst, mean, seed 1",
+        "  tiny, sst, plain, seed 2",
+        "  tiny, sst, mean, seed 2",
+    ]
+    assert re.fullmatch(
+        r"4 runs, about [\d.]+ s \(estimated: 4 from one timed step of the plain recipe\)", out[5]
+    )
+    assert re.fullmatch(
+        r"run 2 of 4: tiny, sst, mean, seed 1 \(about [\d.]+ \w+; the last one ends about "
+        r"\w{3} \d\d:\d\d\)",
+        out[8],
+    )
+    assert re.fullmatch(r"run 2 of 4: dev (\.\d{3}|1\.000), 1\.5 s", out[9])
+    assert out[-1] == "wrote plan.md"
+    results = read_results(CSV)
+    assert [(r.method, r.seed) for r in results] == [
+        ("plain", 1),
+        ("mean", 1),
+        ("plain", 2),
+        ("mean", 2),
+    ]
+    assert all(math.isnan(r.test) and r.steps == 2 * 2 for r in results)  # 5 lines, 3 a batch
+    assert {(r.seconds, r.memory_mib, r.threads) for r in results} == {(1.5, 99, 1)}
+    assert not any("sst-test" in word for argv in started for word in argv)
+    assert "| mean | 2 |" in REPORT.read_text()
+    before = CSV.read_bytes()
+    status, out, _ = measure(capsys, "--stage", "screen")
+    assert (status, out) == (0, ["stage screen: 0 of 4 runs are missing", "wrote plan.md"])
+    assert len(started) == 4 and CSV.read_bytes() == before
+    assert [path.name for path in Path("output/quality").iterdir()] == ["sst-train-first-5.txt"]
+
+
+def test_a_result_is_what_the_program_says(
+    started: list[list[str]], changed: Change, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The accuracies of the same command line by itself, with test where it means something."""
+    changed("seeds = [1, 2, 3]", "seeds = [1]")
+    assert measure(capsys, "--stage", "full")[0] == 0
+    for result, argv in zip(read_results(CSV), list(started), strict=True):
+        assert run_llama.main(argv) == 0
+        out = capsys.readouterr().out
+        dev, test = re.findall(r"^(?:dev|test) acc :: (.*)", out, re.MULTILINE)
+        assert f"{result.dev:.3f}" == dev
+        assert result.has_test == (result.data == "sst")
+        assert not result.has_test or f"{result.test:.3f}" == test
+        (best,) = re.findall(r"^  best epoch  (\d+)", out, re.MULTILINE)
+        assert result.best_epoch == int(best)
+
+
+def test_a_run_of_two_stages_is_run_once(
+    started: list[list[str]], changed: Change, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the one that reads test."""
+    changed("train_lines = 5\n", "")
+    assert measure(capsys)[0] == 0
+    assert len(started) == 4 + 12 - 2  # `plain` of screen
+    assert len(read_results(CSV)) == 14
+    assert sum("data/sst-dev.txt" in argv for argv in started) == 2  # `mean` of screen
+
+
+def test_runs_that_fail_do_not_stop_the_others(
+    started: list[list[str]], changed: Change, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A mistake that only the model shows."""
+    changed('mean = "--pooling mean --lr 1e-2"', 'mean = "--lora_rank 5000"')
+    status, out, _ = measure(capsys, "--stage", "screen")
+    assert status == 1 and len(started) == 4
+    failed = [line for line in out if "failed" in line]
+    assert failed[0].startswith("run 2 of 4: failed: --lora_rank 5000")
+    assert failed[-1] == "2 runs failed; the same command tries them again"
+    assert [result.method for result in read_results(CSV)] == ["plain", "plain"]
+    assert "| mean | 0 of 2 | not measured |" in REPORT.read_text()
+
+
+def test_listing_and_reporting_run_nothing(
+    started: list[list[str]], plan: Plan, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, _ = measure(capsys, "--list")
+    assert status == 0 and not CSV.exists() and not REPORT.exists()
+    assert out[0] == "stage screen: 4 of 4 runs are missing" and out[-1].startswith(
+        "16 runs, about"
+    )
+    Path("stories42M.pt").unlink()
+    status, out, _ = measure(capsys, "--report")
+    assert (status, out) == (0, ["wrote plan.md"])
+    assert "No run of this plan is complete yet." in REPORT.read_text()
+    assert not started
+
+
+def test_a_changed_plan_keeps_old_results(
+    started: list[list[str]], changed: Change, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert measure(capsys, "--stage", "screen")[0] == 0
+    before = CSV.read_bytes()
+    changed('mean = "--pooling mean', 'mean = "--pooling max')
+    status, out, _ = measure(capsys, "--stage", "screen")
+    assert status == 0 and len(started) == 4 + 2
+    assert out[0] == (
+        "note: 2 of 4 results in plan.csv are of no run of this plan; they are kept there, and "
+        "left out of the tables"
+    )
+    assert CSV.read_bytes().startswith(before) and len(read_results(CSV)) == 6
+
+
+# ---------------------------------------------------------------------------------------- estimates
+
+
+def test_estimates_come_from_earlier_runs_on_this_machine(
+    started: list[list[str]], plan: Plan, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """18 sentences in 90 s are 5 s each; the runs of `full` have 16, those of `screen` 10."""
+    plain, mean, *_ = runs_of(plan, "screen")
+    here: dict[str, Any] = {"machine": benchmarks.machine.processor(), "seconds": 90.0, "steps": 6}
+    add_result(CSV, make_result(plain, 0.5, **here))
+    out = measure(capsys, "--stage", "screen", "--list")[1]
+    assert out[-1] == (
+        "3 runs, about 2.5 min (estimated: 2 from earlier runs of other methods; 1 from earlier "
+        "runs of the same method)"
+    )
+    add_result(CSV, make_result(mean, 0.5, **{**here, "seconds": 900.0}))
+    out = measure(capsys, "--stage", "screen", "--list")[1]
+    assert out[-1] == "2 runs, about 9.2 min (estimated: 2 from earlier runs of the same method)"
+    for other in ({"machine": "another"}, {"threads": 3}):
+        CSV.unlink()
+        add_result(CSV, make_result(plain, 0.5, **{**here, **other}))
+        out = measure(capsys, "--stage", "screen", "--list")[1]
+        assert out[-1].endswith("(estimated: 3 from one timed step of the plain recipe)")
+
+
+# ----------------------------------------------------------------------------------------- mistakes
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str, plan: bool = True) -> str:
+    """Run a command line that is refused before any run; returns its error."""
+    status, _, err = measure(capsys, *argv, plan=plan)
+    assert status == 2 and err.count("\n") == 1 and not REPORT.exists()
+    return err.removeprefix("benchmarks.quality: error: ").rstrip("\n")
+
+
+def test_mistakes_are_found_before_any_run(
+    started: list[list[str]], changed: Change, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert refused(capsys, "--stage", "x") == "--stage x: unknown; the plan has screen, full"
+    assert refused(capsys, "--plan", "plan.md") == "--plan plan.md: must end in .toml"
+    assert refused(capsys, "--plan", "no.toml") == "no.toml: No such file or directory"
+    assert refused(capsys, "--x") == "unrecognized arguments: --x"
+    assert "not allowed with argument" in refused(capsys, "--list", "--report")
+    changed('better = "--recipe better"', 'better = "--recipe best"')  # of the last stage
+    assert "stage full: tiny, sst, better: argument --recipe: invalid choice" in refused(capsys)
+    with pytest.raises(ValueError):
+        changed("[1, 2, 3]", "[1, 2.5]")
+    assert "stage full: seeds: expected a whole number" in refused(capsys)
+    changed('path = "stories42M.pt"', 'path = "none.pt"')
+    assert refused(capsys).startswith("none.pt: ")
+    changed("threads = 1", "threads = 1")
+    CSV.write_text("x\n")
+    assert refused(capsys).startswith("plan.csv:1: expected the columns")
+    CSV.unlink()
+    Path("data/sst-dev.txt").unlink()
+    assert refused(capsys).startswith("data/sst-dev.txt: no such file; get it with: ")
+    assert not started
+
+
+# ------------------------------------------------------------------------------------- interruption
+
+
+def test_a_run_that_was_interrupted_is_resumed(
+    started: list[list[str]], plan: Plan, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the results of one that was not."""
+    assert measure(capsys, "--stage", "screen")[0] == 0
+    expected = [(r.method, r.seed, r.dev, r.best_epoch, r.steps) for r in read_results(CSV)]
+    CSV.unlink()
+    run = runs_of(plan, "screen")[1]
+    run.folder.mkdir(parents=True)
+    assert interrupt(run.argv(), steps=3) == 130
+    (run.folder / "out.txt").write_text("epoch 0: train loss :: 1, ...\n")
+    started.clear()
+    assert measure(capsys, "--stage", "screen")[0] == 0
+    assert ["--resume" in argv for argv in started] == [False, True, False, False]
+    found = [(r.method, r.seed, r.dev, r.best_epoch, r.steps) for r in read_results(CSV)]
+    assert found == expected
+
+
+def test_a_run_that_cannot_be_resumed_starts_again(
+    started: list[list[str]], plan: Plan, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As after a change of the program."""
+    run = runs_of(plan, "screen")[0]
+    run.folder.mkdir(parents=True)
+    (run.folder / "classifier.pt.state").write_bytes(b"another version's")
+    assert measure(capsys, "--stage", "screen")[0] == 0
+    assert ["--resume" in argv for argv in started] == [True, False, False, False, False]
+    assert len(read_results(CSV)) == 4
+
+
+def test_a_run_that_somebody_else_ends_ends_the_measurement(
+    started: list[list[str]],
+    plan: Plan,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(benchmarks.quality.process, "run_process", lambda *_: (143, "interrupted"))
+    status, out, _ = measure(capsys, "--stage", "screen")
+    assert status == 143
+    assert out[-1] == "interrupted; the same command continues where it stopped"
+    with pytest.raises(Interrupted):
+        benchmarks.quality.process.finetune(runs_of(plan, "screen")[0])
+
+
+LONG = 40  # epochs, so that a signal comes in the middle
+
+
+def start(place: Path) -> "subprocess.Popen[str]":
+    """Start a real measurement, and wait until its first run is in its third epoch or later."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.quality", *PLAN, "--stage", "screen"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 180
+    while not any("epoch 2:" in path.read_text() for path in outputs()):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.02)
+    return process
+
+
+def outputs() -> list[Path]:
+    """Return what the runs print to."""
+    return list(Path("output/quality").glob("*/out.txt"))
+
+
+def one_long_run(changed: Change) -> Run:
+    """Change the plan to a single run."""
+    plan = changed('sst = "--epochs 2"', f'sst = "--epochs {LONG}"')
+    text = Path("plan.toml").read_text()
+    text = text.replace('methods = ["plain", "mean"]', 'methods = ["plain"]')
+    Path("plan.toml").write_text(text.replace("seeds = [1, 2]\n", "seeds = [1]\n"))
+    return runs_of(plan, "screen")[0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_real_signal_loses_nothing(place: Path, changed: Change, number: int) -> None:
+    """After SIGKILL the run ends too, and both continue in the middle of it."""
+    run = one_long_run(changed)
+    process = start(place)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=120)
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        assert out.splitlines()[-1] == "interrupted; the same command continues where it stopped"
+        assert (run.folder / "usage.json").exists()
+    assert not CSV.exists() and (run.folder / "classifier.pt.state").exists()
+    (before,) = outputs()
+    epochs = re.findall(r"^epoch (\d+):", before.read_text(), re.MULTILINE)
+    assert len(epochs) < LONG
+    again = subprocess.run(
+        [sys.executable, "-m", "benchmarks.quality", *PLAN, "--stage", "screen"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert again.returncode == 0, again.stderr
+    (result,) = read_results(CSV)
+    assert result.steps == 2 * LONG
+    assert result.memory_mib > 50 and result.seconds > 1
+    assert not run.folder.exists()
+    check_same_as_uninterrupted(run, result)
+
+
+def check_same_as_uninterrupted(run: Run, result: Result) -> None:
+    """Assert that a run by itself, in this process, gives the same result."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert run_llama.main(run.argv()) == 0
+    assert f"dev acc :: {result.dev:.3f}\n" in out.getvalue()
+    assert re.findall(r"best epoch  (\d+)", out.getvalue()) == [str(result.best_epoch)]
