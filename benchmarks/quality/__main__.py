@@ -3,7 +3,8 @@
     uv run python -m benchmarks.quality [--stage NAME ...] [--plan FILE] [--list | --report]
 
 `plan.toml` says which runs there are; see `plan.py`. Those that `results.csv` already has are not
-repeated. After Ctrl-C, or after a kill, the same command continues in the middle of a run.
+repeated. After Ctrl-C, or after a kill, the same command continues in the middle of a run. Started
+twice at the same time, each takes the next run that the other is not at.
 Choices between methods are made on dev only, so give the stages that read test last.
 """
 
@@ -18,11 +19,12 @@ from benchmarks.machine import processor
 from benchmarks.quality.estimate import Estimator, show_duration
 from benchmarks.quality.measurement import DEFAULT_PLAN, Files, Measurement
 from benchmarks.quality.plan import Plan
-from benchmarks.quality.process import RunFailed, finetune
+from benchmarks.quality.process import RunClaimed, RunFailed, claimed, finetune
 from benchmarks.quality.report import decimals
+from benchmarks.quality.results import find_result
 from benchmarks.quality.runs import Run, check_inputs
 from beyond.interrupts import Interrupted, signals_raise, signals_wait
-from utils import OneLineParser, describe_error, lock_results, prepare_output
+from utils import OneLineParser, describe_error, prepare_output
 
 
 def say(text: str) -> None:
@@ -64,20 +66,27 @@ def run_missing(measurement: Measurement, runs: Sequence[Run], estimator: Estima
     """Do the runs, one after the other; returns how many have failed."""
     failed = 0
     for number, run in enumerate(runs, start=1):
+        measurement.read_again()
+        if find_result(measurement.results, run):
+            continue  # another process has done it
         left, _ = estimator.total(runs[number - 1 :])
         seconds, _ = estimator.seconds(run)
         end = f"{datetime.now() + timedelta(seconds=left):%a %H:%M}"
         title = f"run {number} of {len(runs)}"
         say(f"{title}: {run.name} (about {show_duration(seconds)}; the last one ends about {end})")
         try:
-            measured = finetune(run)
+            with claimed(run):
+                measured = finetune(run)
+                with signals_wait():
+                    result = measurement.add(run, measured)
+                    shutil.rmtree(run.folder)
+        except RunClaimed:
+            say(f"{title}: left to another process, which is at it")
+            continue
         except RunFailed as error:
             failed += 1
             say(f"{title}: failed: {error}")
             continue
-        with signals_wait():
-            result = measurement.add(run, measured)
-            shutil.rmtree(run.folder)
         estimator.add(result)
         test = f", test {decimals(result.test)}" if result.has_test else ""
         say(f"{title}: dev {decimals(result.dev)}{test}, {show_duration(result.seconds)}")
@@ -111,9 +120,9 @@ def measure(args: argparse.Namespace) -> int:
         say(f"{len(missing)} runs, about {show_duration(seconds)} (estimated: {origin})")
     if args.list:
         return 0
-    with lock_results([measurement.files.results], say):
-        failed = run_missing(measurement, missing, estimator)
-        measurement.report()
+    failed = run_missing(measurement, missing, estimator)
+    measurement.read_again()
+    measurement.report()
     say(f"wrote {measurement.files.report}")
     if failed:
         say(f"{failed} runs failed; the same command tries them again")

@@ -1,6 +1,8 @@
 """A measurement: a plan, its runs, the results so far, and the report of them."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,8 +21,10 @@ from benchmarks.quality.results import (
 )
 from benchmarks.quality.runs import Run, list_runs
 from benchmarks.quality.tables import make_tables
+from utils import lock_results
 
 DEFAULT_PLAN = Path(__file__).with_name("plan.toml")
+LOCK_TRIES, LOCK_PAUSE = 100, 0.1  # seconds between two tries; writing takes far less than all
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,25 @@ class Files:
         if plan.resolve() == DEFAULT_PLAN.resolve():
             return cls(plan, plan.with_name("results.csv"), plan.parent.parent / "QUALITY.md")
         return cls(plan, plan.with_suffix(".csv"), plan.with_suffix(".md"))
+
+
+@contextmanager
+def waiting_lock(path: Path) -> Iterator[None]:
+    """Lock a file while the block runs; wait for another process that has locked it.
+
+    Raises:
+        OSError: the other process does not unlock it.
+    """
+    with ExitStack() as stack:
+        for attempt in range(1, LOCK_TRIES + 1):
+            try:
+                stack.enter_context(lock_results([path], lambda note: None))
+                break
+            except OSError:
+                if attempt == LOCK_TRIES:
+                    raise
+                time.sleep(LOCK_PAUSE)
+        yield
 
 
 class Measurement:
@@ -76,10 +99,15 @@ class Measurement:
             **{name: getattr(run, name) for name in (*names, "flags", "seed")},
             **asdict(measured),
         )
-        add_result(self.files.results, result)
-        self.results.append(result)
-        self.report()
+        with waiting_lock(self.files.results):
+            add_result(self.files.results, result)
+            self.read_again()
+            self.report()
         return result
+
+    def read_again(self) -> None:
+        """Read the results again, since another process may have added some."""
+        self.results = read_results(self.files.results)
 
     def report(self) -> None:
         """Write the report and its picture."""

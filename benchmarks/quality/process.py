@@ -4,12 +4,12 @@ import ctypes
 import json
 import math
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from benchmarks.machine import peak_resident
 from benchmarks.quality.runs import Run
 from beyond.interrupts import Interrupted
 from beyond.options import record_path, training_checkpoint
-from utils import open_atomically, read_lines
+from utils import lock_results, open_atomically, read_lines
 
 RUN_LLAMA = Path(__file__).parent.parent.parent / "run_llama.py"
 POLL, SAVE = 0.2, 10.0  # seconds between two looks at the process, and between two notes of them
@@ -28,6 +28,10 @@ LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 class RunFailed(Exception):
     """A run ended with an error; the message is its last line."""
+
+
+class RunClaimed(Exception):
+    """Another process is at this run."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,24 @@ class Usage:
             self.memory_mib = peak if math.isnan(self.memory_mib) else max(peak, self.memory_mib)
 
 
+@contextmanager
+def claimed(run: Run) -> Iterator[None]:
+    """Keep a run for this process while the block runs.
+
+    Raises:
+        RunClaimed: another process has it.
+    """
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(lock_results([run.folder / "usage.json"], lambda note: None))
+        except OSError as error:
+            if "is writing this file" not in str(error):
+                raise
+            raise RunClaimed from None
+        yield
+
+
 def finetune(run: Run) -> Measured:
     """Do a run, or the rest of it if it was interrupted; its files stay in its folder.
 
@@ -89,7 +111,7 @@ def finetune(run: Run) -> Measured:
         if status == 2 and "is writing this file" in message and attempt + 1 < LOCKED_TRIES:
             time.sleep(1)
         elif status == 2 and resumed:
-            shutil.rmtree(run.folder)  # the program has changed since, so the run starts again
+            state.unlink()  # the program has changed since, so the run starts again
         else:
             raise RunFailed(message or f"ended with status {status}")
     raise RunFailed(message)

@@ -24,7 +24,7 @@ import benchmarks.quality.process
 import run_llama
 from benchmarks.quality.__main__ import main
 from benchmarks.quality.plan import Plan
-from benchmarks.quality.process import Usage
+from benchmarks.quality.process import Usage, claimed
 from benchmarks.quality.results import Result, add_result, read_results
 from benchmarks.quality.runs import Run
 from beyond.interrupts import Interrupted
@@ -357,3 +357,39 @@ def check_same_as_uninterrupted(run: Run, result: Result) -> None:
         assert run_llama.main(run.argv()) == 0
     assert f"dev acc :: {result.dev:.3f}\n" in out.getvalue()
     assert re.findall(r"best epoch  (\d+)", out.getvalue()) == [str(result.best_epoch)]
+
+
+# -------------------------------------------------------------------------------- at the same time
+
+
+def test_a_run_that_another_process_is_at_is_left_to_it(
+    started: list[list[str]], plan: Plan, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = runs_of(plan, "screen")[1]
+    with claimed(run):
+        status, out, _ = measure(capsys, "--stage", "screen")
+    assert status == 0 and len(started) == 3
+    assert "run 2 of 4: left to another process, which is at it" in out
+    assert len(read_results(CSV)) == 3
+    assert measure(capsys, "--stage", "screen")[0] == 0 and len(started) == 4
+
+
+def test_results_of_another_process_are_kept_and_not_repeated(
+    started: list[list[str]],
+    plan: Plan,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """While the first run is done here, another process adds the result of the second."""
+    other = make_result(runs_of(plan, "screen")[1], 0.75)
+    here = benchmarks.quality.process.run_process
+
+    def run_process(run: Run, resume: bool) -> tuple[int, str]:
+        if not CSV.exists():
+            add_result(CSV, other)
+        return here(run, resume)
+
+    monkeypatch.setattr(benchmarks.quality.process, "run_process", run_process)
+    assert measure(capsys, "--stage", "screen")[0] == 0
+    assert len(started) == 3 and len(read_results(CSV)) == 4
+    assert "| mean | 2 |" in REPORT.read_text()
