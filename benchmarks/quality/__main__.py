@@ -108,16 +108,14 @@ def measure(args: argparse.Namespace) -> int:
         check_inputs(run)
     for path in (measurement.files.results, measurement.files.report):
         prepare_output(path)
+    estimator = Estimator(measurement.results, processor(), measurement.plan.threads)
     for stage in stages:
-        runs = measurement.missing([stage])
-        say(f"stage {stage}: {len(runs)} of {len(measurement.runs[stage])} runs are missing")
+        runs, planned = measurement.missing([stage]), len(measurement.runs[stage])
+        say(f"stage {stage}: {len(runs)} of {planned} runs are missing{estimator.describe(runs)}")
         for run in runs:
             say(f"  {run.name}")
-    estimator = Estimator(measurement.results, processor(), measurement.plan.threads)
-    seconds, sources = estimator.total(missing)
-    origin = "; ".join(f"{count} from {source}" for source, count in sources.items())
     if missing:
-        say(f"{len(missing)} runs, about {show_duration(seconds)} (estimated: {origin})")
+        say(f"{len(missing)} different runs{estimator.describe(missing)}")
     if args.list:
         return 0
     failed = run_missing(measurement, missing, estimator)

@@ -13,7 +13,7 @@ from utils import read_lines
 
 METHOD = "earlier runs of the same method"
 OTHERS = "earlier runs of other methods"
-STEP = "one timed step of the plain recipe"
+STEP = "a timed step, as if plain"
 
 
 class Estimator:
@@ -28,7 +28,7 @@ class Estimator:
     def __init__(self, results: Iterable[Result], machine: str, threads: int) -> None:
         self.results = [r for r in results if (r.machine, r.threads) == (machine, threads)]
         self.threads = threads
-        self.timed: dict[tuple[str, str], float] = {}
+        self.timed: dict[tuple[str, str, bool | None], float] = {}
 
     def add(self, result: Result) -> None:
         """Use a result of this machine too."""
@@ -46,7 +46,7 @@ class Estimator:
         if of_method or same:
             rate = statistics.median(seconds_per_sentence(r) for r in of_method or same)
             return rate * sentences, METHOD if of_method else OTHERS
-        key = run.checkpoint, run.data
+        key = run.checkpoint, run.data, run.options.causal
         if key not in self.timed:
             train, evaluate = time_steps(run.options, self.threads)
             share = count_lines(run.options.dev) / count_lines(run.options.train)
@@ -57,6 +57,14 @@ class Estimator:
         """Return the seconds of all runs, and how many are estimated from what."""
         estimates = [self.seconds(run) for run in runs]
         return sum(seconds for seconds, _ in estimates), Counter(source for _, source in estimates)
+
+    def describe(self, runs: Sequence[Run]) -> str:
+        """Say how long runs will take, to be added to a line; nothing without a run."""
+        if not runs:
+            return ""
+        seconds, sources = self.total(runs)
+        origin = "; ".join(f"{count} from {source}" for source, count in sources.items())
+        return f", about {show_duration(seconds)} (estimated: {origin})"
 
 
 def seconds_per_sentence(result: Result) -> float:

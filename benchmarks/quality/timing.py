@@ -3,6 +3,7 @@
 import contextlib
 import io
 import time
+from collections.abc import Sequence
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -20,8 +21,9 @@ ROUNDS, ENOUGH = 3, 5.0  # repetitions, and seconds after which there is no furt
 def time_steps(options: FinetuneOptions, threads: int) -> tuple[float, float]:
     """Time a plain training step and an evaluation of its sentences.
 
-    The sentences are taken from all over the training file. Of up to `ROUNDS` repetitions, after
-    one to warm up, the fastest counts, since other programs may disturb them.
+    In reference mode the sentences are taken from all over the training file. In causal mode, which
+    groups sentences by length, they are some of average length. Of up to `ROUNDS` repetitions,
+    after one to warm up, the fastest counts, since other programs may disturb them.
 
     Args:
         options: of a run; flags that change how it trains are left out.
@@ -35,7 +37,7 @@ def time_steps(options: FinetuneOptions, threads: int) -> tuple[float, float]:
         llama, tokenizer, runtime = load_model(options, options.dropout)
     rows = min(options.batch_size, options.micro_batch_size or options.batch_size)
     lines = read_lines(options.train)
-    numbers = [i * len(lines) // rows for i in range(min(rows, len(lines)))]
+    numbers = choose_lines(lines, min(rows, len(lines)), by_length=runtime.causal)
     examples = [parse_example(lines[i], options.train, i + 1) for i in numbers]
     longest = llama.config.max_seq_len
     encoded = [tokenizer.encode(text, bos=True, eos=False)[:longest] for _, text in examples]
@@ -69,3 +71,14 @@ def time_steps(options: FinetuneOptions, threads: int) -> tuple[float, float]:
             times.append(time.perf_counter() - start)
         seconds.append(min(times) / len(encoded))
     return seconds[0], seconds[1]
+
+
+def choose_lines(lines: Sequence[str], count: int, by_length: bool) -> list[int]:
+    """Return the numbers of some lines: evenly spaced, or of about the average length."""
+    if not by_length:
+        return [i * len(lines) // count for i in range(count)]
+    order = sorted(range(len(lines)), key=lambda i: len(lines[i]))
+    average = sum(map(len, lines)) / len(lines)
+    middle = sum(len(line) < average for line in lines)
+    start = min(max(middle - count // 2, 0), len(lines) - count)
+    return order[start : start + count]

@@ -76,16 +76,15 @@ def test_missing_runs_are_run_once(
 ) -> None:
     status, out, err = measure(capsys, "--stage", "screen")
     assert status == 0, err
-    assert out[:5] == [
-        "stage screen: 4 of 4 runs are missing",
+    estimate = r", about [\d.]+ s \(estimated: 4 from a timed step, as if plain\)"
+    assert re.fullmatch("stage screen: 4 of 4 runs are missing" + estimate, out[0])
+    assert out[1:5] == [
         "  tiny, sst, plain, seed 1",
         "  tiny, sst, mean, seed 1",
         "  tiny, sst, plain, seed 2",
         "  tiny, sst, mean, seed 2",
     ]
-    assert re.fullmatch(
-        r"4 runs, about [\d.]+ s \(estimated: 4 from one timed step of the plain recipe\)", out[5]
-    )
+    assert re.fullmatch("4 different runs" + estimate, out[5])
     assert re.fullmatch(
         r"run 2 of 4: tiny, sst, mean, seed 1 \(about [\d.]+ \w+; the last one ends about "
         r"\w{3} \d\d:\d\d\)",
@@ -158,9 +157,8 @@ def test_listing_and_reporting_run_nothing(
 ) -> None:
     status, out, _ = measure(capsys, "--list")
     assert status == 0 and not CSV.exists() and not REPORT.exists()
-    assert out[0] == "stage screen: 4 of 4 runs are missing" and out[-1].startswith(
-        "16 runs, about"
-    )
+    assert out[0].startswith("stage screen: 4 of 4 runs are missing, about ")
+    assert out[-1].startswith("16 different runs, about ")
     Path("stories42M.pt").unlink()
     status, out, _ = measure(capsys, "--report")
     assert (status, out) == (0, ["wrote plan.md"])
@@ -195,17 +193,20 @@ def test_estimates_come_from_earlier_runs_on_this_machine(
     add_result(CSV, make_result(plain, 0.5, **here))
     out = measure(capsys, "--stage", "screen", "--list")[1]
     assert out[-1] == (
-        "3 runs, about 2.5 min (estimated: 2 from earlier runs of other methods; 1 from earlier "
-        "runs of the same method)"
+        "3 different runs, about 2.5 min (estimated: 2 from earlier runs of other methods; 1 from "
+        "earlier runs of the same method)"
     )
     add_result(CSV, make_result(mean, 0.5, **{**here, "seconds": 900.0}))
     out = measure(capsys, "--stage", "screen", "--list")[1]
-    assert out[-1] == "2 runs, about 9.2 min (estimated: 2 from earlier runs of the same method)"
+    assert (
+        out[-1]
+        == "2 different runs, about 9.2 min (estimated: 2 from earlier runs of the same method)"
+    )
     for other in ({"machine": "another"}, {"threads": 3}):
         CSV.unlink()
         add_result(CSV, make_result(plain, 0.5, **{**here, **other}))
         out = measure(capsys, "--stage", "screen", "--list")[1]
-        assert out[-1].endswith("(estimated: 3 from one timed step of the plain recipe)")
+        assert out[-1].endswith("(estimated: 3 from a timed step, as if plain)")
 
 
 # ----------------------------------------------------------------------------------------- mistakes
