@@ -13,6 +13,7 @@ from utils import read_lines
 
 METHOD = "earlier runs of the same method"
 OTHERS = "earlier runs of other methods"
+START = 8.0  # seconds to import PyTorch and load a model
 STEP = "a timed step, as if plain"
 
 
@@ -28,7 +29,7 @@ class Estimator:
     def __init__(self, results: Iterable[Result], machine: str, threads: int) -> None:
         self.results = [r for r in results if (r.machine, r.threads) == (machine, threads)]
         self.threads = threads
-        self.timed: dict[tuple[str, str, bool | None], float] = {}
+        self.timed: dict[tuple[str, str, bool | None], tuple[float, float]] = {}
 
     def add(self, result: Result) -> None:
         """Use a result of this machine too."""
@@ -48,10 +49,12 @@ class Estimator:
             return rate * sentences, METHOD if of_method else OTHERS
         key = run.checkpoint, run.data, run.options.causal
         if key not in self.timed:
-            train, evaluate = time_steps(run.options, self.threads)
-            share = count_lines(run.options.dev) / count_lines(run.options.train)
-            self.timed[key] = train + (1 + share) * evaluate  # each epoch evaluates train and dev
-        return self.timed[key] * sentences, STEP
+            self.timed[key] = time_steps(run.options, self.threads)
+        train, evaluate = self.timed[key]
+        # Each epoch evaluates train and dev; at the end dev and test are predicted.
+        dev, test = count_lines(run.options.dev), count_lines(run.options.test)
+        evaluated = sentences + run.options.epochs * dev + dev + test
+        return START + sentences * train + evaluated * evaluate, STEP
 
     def total(self, runs: Sequence[Run]) -> tuple[float, Counter[str]]:
         """Return the seconds of all runs, and how many are estimated from what."""
