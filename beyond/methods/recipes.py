@@ -3,7 +3,8 @@
 `--recipe better` stands for the flags below. A flag that is given too is used instead. What works
 best depends on the model and on the data, so two flags have no fixed value: a rule computes the
 learning rate from the number of parameters, and the epochs from the number of training lines.
-Neither looks at dev or test, so the recipe is the same for every checkpoint.
+Neither looks at dev or test, so the recipe is the same for every checkpoint. The choice is a first
+one, made from the papers; how much it helps has not been measured yet.
 
 Like `beyond/options.py`, this module imports neither PyTorch nor NumPy.
 """
