@@ -23,9 +23,9 @@ from beyond.formats.llama2c import write_llama2c
 from beyond.formats.llama2c_tokenizer import tokenizer_bin_notes
 from beyond.formats.load import load_llama, load_tokenizer, make_tokenizer, write_tokenizer
 from beyond.interrupts import Interrupted, signals_raise
+from beyond.methods.checkpoints import load_any_classifier
 from beyond.processes import progress
 from beyond.runtime import check_vocabulary, is_out_of_memory
-from classifier import load_classifier
 from llama import Llama
 from tokenizer import Tokenizer
 from utils import OneLineParser, check_readable, describe_error, lock_results, prepare_output
@@ -125,7 +125,7 @@ def read(source: str, tokenizer_path: str | None) -> tuple[Llama, Tokenizer]:
     for path in model_files(source):
         check_readable(path)
     if kind_of(source) == "pt" and "classifier" in read_checkpoint(source):
-        classifier = load_classifier(source, make_tokenizer)
+        classifier = load_any_classifier(source)
         note(f"the head of the classifier {source} is left out")
         llama, own_tokenizer = classifier.llama, classifier.tokenizer
     else:

@@ -16,6 +16,7 @@ import run_llama
 from base_llama import write_checkpoint
 from beyond.formats.__main__ import main
 from beyond.formats.load import load_llama, load_tokenizer
+from beyond.methods.pooling import PooledClassifier
 from classifier import ClassifierConfig, LlamaEmbeddingClassifier
 from llama import Llama
 from tests.conftest import ROOT, make_llama, save_llama
@@ -141,12 +142,15 @@ def test_reference_mode_stays_in_a_pt(source: Llama, capsys: pytest.CaptureFixtu
     assert not load_llama("b/model.pt").config.causal and "note" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("pooling", ["last", "mean"])
 def test_a_classifiers_head_is_said_to_be_left_out(
-    source: Llama, tokenizer_path: Path, capsys: pytest.CaptureFixture[str]
+    source: Llama, tokenizer_path: Path, capsys: pytest.CaptureFixture[str], pooling: str
 ) -> None:
     config = ClassifierConfig(2, "", 0.3, "finetune")
     tokenizer = Tokenizer(7, tokenizer_path)  # max_len belongs to the classifier, not to the model
     classifier = LlamaEmbeddingClassifier(config, source, ["bad", "good"], tokenizer)
+    if pooling != "last":
+        classifier = PooledClassifier(classifier, pooling)
     write_checkpoint("best.pt", classifier.to_checkpoint())
     assert convert("best.pt", "hub") == 0
     assert "note: the head of the classifier best.pt is left out" in capsys.readouterr().err
