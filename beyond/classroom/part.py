@@ -39,6 +39,7 @@ class Mistake:
     why: str  # what it does, why it matters and how it is put right; one to three sentences
     seen: str = ""  # where it was seen; empty: thought of
     is_edition: bool = False  # right in another edition of the course, so not a mistake
+    is_note: bool = False  # the course's own checks accept it: `ok` with a remark, no points lost
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Finding:
 
     part: str
     status: Status
-    text: str = ""  # for all but "ok"; begins with the mistake's name
+    text: str = ""  # begins with the mistake's name; for "ok" empty, or the remark of a note
     mistake: str | None = None  # the entry's name
 
 
@@ -105,7 +106,9 @@ def judge(part: Part, found: Observations) -> Finding:
         if difference(found, outcome)[0] <= 1:
             mistake = variant.mistake
             text = f"{mistake.name} ({mistake.where}): {mistake.why}"
-            status: Status = "edition" if mistake.is_edition else "mistake"
+            status: Status = "mistake"
+            if mistake.is_edition or mistake.is_note:
+                status = "edition" if mistake.is_edition else "ok"
             return Finding(part.name, status, text, mistake.name)
     text = f"wrong in a way that is not in the catalogue: {place}"
     if variants:
