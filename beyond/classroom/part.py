@@ -5,17 +5,16 @@ kept under a name. The same probes are run on this project's own part and on wro
 A student's part that gives the values of a variant has that variant's mistake.
 """
 
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
+from itertools import combinations
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from beyond.classroom.student import Student
+from beyond.classroom.student import Student, StudentError
 
 Subject = Any  # an implementation of a part, with the interface that the part's probes use
 
@@ -75,7 +74,7 @@ class Finding:
     mistake: str | None = None  # the entry's name
 
 
-class AdaptError(ValueError):
+class AdaptError(StudentError):
     """A student's part lacks the interface that the checker needs; the message says what."""
 
 
@@ -87,38 +86,56 @@ def examine(part: Part, student: Student) -> Finding:
     try:
         with student.names():
             found = observe_seeded(part, part.adapt(student))
-    except NotImplementedError as error:
-        if "not implemented for '" not in str(error):  # PyTorch: an operation lacks a dtype
-            return Finding(part.name, "todo", _place(error, student.folder) + "not written yet")
-        return Finding(part.name, "error", _describe(error, student.folder))
-    except (Exception, SystemExit) as error:
-        return Finding(part.name, "error", _describe(error, student.folder))
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        text = student.describe(error)
+        # PyTorch raises the same error where an operation lacks a dtype.
+        if isinstance(error, NotImplementedError) and "not implemented for '" not in text:
+            place = text.partition("NotImplementedError")[0].removesuffix(": ")
+            return Finding(part.name, "todo", f"not written yet: {place or part.where}")
+        return Finding(part.name, "error", text)
     return judge(part, found)
 
 
 def judge(part: Part, found: Observations) -> Finding:
-    """Compare what was observed with our own part and with each variant."""
-    size, probe, place = difference(found, expected_of(part))
-    if size <= 1:
+    """Compare what was observed with our own part, with each variant, and with pairs of them."""
+    ours = expected_of(part)
+    differing = disagreement(found, ours)
+    if not differing:
         return Finding(part.name, "ok")
     variants = variants_of(part)
     for variant, outcome in variants:
-        if difference(found, outcome)[0] <= 1:
-            mistake = variant.mistake
-            text = f"{mistake.name} ({mistake.where}): {mistake.why}"
-            status: Status = "mistake"
-            if mistake.is_edition or mistake.is_note:
-                status = "edition" if mistake.is_edition else "ok"
-            return Finding(part.name, status, text, mistake.name)
-    text = f"wrong in a way that is not in the catalogue: {place}"
-    if variants:
-        ranked = [(*_disagreement(found, outcome), i) for i, (_, outcome) in enumerate(variants)]
-        probes, _, closest = min(ranked)
-        if probes < len(found):
-            name = variants[closest][0].mistake.name
-            agreeing = len(found) - probes
-            text += f"; closest: {name} (same in {agreeing} of {len(found)} probes)"
+        if not disagreement(found, outcome):
+            return _finding(part, (variant.mistake,))
+    # A pair is recognised if the two show in different probes.
+    matching = [
+        (changed, variant.mistake)
+        for variant, outcome in variants
+        if not (changed := disagreement(outcome, ours)) & disagreement(found, outcome)
+    ]
+    for (first, mistake), (second, other) in combinations(matching, 2):
+        if not first & second and first | second == differing:
+            return _finding(part, (mistake, other))
+    text = f"wrong in a way that is not in the catalogue: {difference(found, ours)[2]}"
+    ranked = [
+        (len(disagreement(found, outcome)), difference(found, outcome)[0], variant.mistake.name)
+        for variant, outcome in variants
+    ]
+    if ranked and (closest := min(ranked))[0] < len(found):
+        agreeing = f"{len(found) - closest[0]} of {len(found)}"
+        text += f"; closest: {closest[2]} (the same in {agreeing} probes)"
     return Finding(part.name, "unknown", text)
+
+
+def _finding(part: Part, mistakes: tuple[Mistake, ...]) -> Finding:
+    """Report one or two entries of the catalogue, those that are right elsewhere last."""
+    mistakes = tuple(sorted(mistakes, key=lambda mistake: mistake.is_edition))
+    text = "; and: ".join(
+        f"{mistake.name} ({mistake.where}): {mistake.why}" for mistake in mistakes
+    )
+    status: Status = "edition" if mistakes[0].is_edition else "mistake"
+    return Finding(part.name, status, text, mistakes[0].name)
 
 
 def observe_seeded(part: Part, subject: Subject) -> Observations:
@@ -175,10 +192,11 @@ def _compare(found: Tensor, expected: Observed, probe: str) -> tuple[float, str]
     return float(sizes[worst]), f"{place}: {values}"
 
 
-def _disagreement(found: Observations, expected: Observations) -> tuple[int, float]:
-    """Return the number of probes that differ, and the largest difference."""
-    sizes = [_compare(found[probe].value, expected[probe], probe)[0] for probe in expected]
-    return sum(size > 1 for size in sizes), max(sizes)
+def disagreement(found: Observations, expected: Observations) -> frozenset[str]:
+    """Return the names of the probes that differ."""
+    return frozenset(
+        probe for probe in expected if _compare(found[probe].value, expected[probe], probe)[0] > 1
+    )
 
 
 def expect_tensor(value: object, what: str) -> Tensor:
@@ -193,27 +211,3 @@ def expect_tensor(value: object, what: str) -> Tensor:
     if not isinstance(value, Tensor):
         raise AdaptError(f"expected {what} to be a tensor, found {type(value).__name__}")
     return value.detach().clone()
-
-
-def _describe(error: BaseException, folder: Path) -> str:
-    """Write an exception as one line, with the place in the student's folder where it is known."""
-    message = " ".join(str(error).split())[:300]
-    if isinstance(error, SyntaxError):  # the message repeats the place
-        message = str(error.msg)
-    if isinstance(error, AdaptError):
-        return message
-    name = type(error).__name__
-    return f"{_place(error, folder)}{name}: {message}" if message else _place(error, folder) + name
-
-
-def _place(error: BaseException, folder: Path) -> str:
-    """Return "file:line: " of the innermost line in the student's folder, or nothing."""
-    root = folder.resolve()
-    frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
-    if isinstance(error, SyntaxError) and error.filename:
-        frames.append((error.filename, error.lineno))
-    for filename, line in reversed(frames):
-        path = Path(filename).resolve()
-        if path.is_relative_to(root):
-            return f"{path.relative_to(root)}:{line}: "
-    return ""
