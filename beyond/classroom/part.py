@@ -129,12 +129,14 @@ def judge(part: Part, found: Observations) -> Finding:
 
 
 def _finding(part: Part, mistakes: tuple[Mistake, ...]) -> Finding:
-    """Report one or two entries of the catalogue, those that are right elsewhere last."""
-    mistakes = tuple(sorted(mistakes, key=lambda mistake: mistake.is_edition))
+    """Report one or two entries of the catalogue: mistakes first, then editions, then remarks."""
+    mistakes = tuple(sorted(mistakes, key=lambda mistake: (mistake.is_note, mistake.is_edition)))
     text = "; and: ".join(
         f"{mistake.name} ({mistake.where}): {mistake.why}" for mistake in mistakes
     )
-    status: Status = "edition" if mistakes[0].is_edition else "mistake"
+    status: Status = "mistake"
+    if mistakes[0].is_edition or mistakes[0].is_note:
+        status = "edition" if mistakes[0].is_edition else "ok"
     return Finding(part.name, status, text, mistakes[0].name)
 
 
