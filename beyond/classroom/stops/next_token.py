@@ -187,7 +187,7 @@ def predict(walk: Walk) -> Places:
     return {
         "table_stream": table(header, rows),
         "note_tied": (
-            "These rows are the embeddings of stop 2 once more: both uses share one matrix."
+            "These rows are the embeddings of stop 2: both uses share one matrix."
             if tied
             else "The rows for this are a matrix of their own, `output`."
         ),
