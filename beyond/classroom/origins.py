@@ -13,7 +13,6 @@ from beyond.options import record_path
 from utils import fingerprint
 
 DEMO = Path(__file__).resolve().parent.parent.parent / "data" / "demo" / "model.pt"
-MAX_STEPS = 10  # from a classifier to the model that it was made from, and so on
 UNKNOWN = "origin unknown"
 
 
@@ -35,10 +34,10 @@ def origin_of(result: Path, folder: Path) -> str:
             f"{result}: was changed after its record was written; make it again, or delete the "
             f"record {record_path(result)}"
         )
-    names = []
-    for _ in range(MAX_STEPS):
+    names: list[str] = []
+    while True:  # from a classifier to the model that it was made from, and so on
         path, sha256 = record.get("checkpoint"), record.get("checkpoint SHA-256")
-        if not isinstance(path, str):  # a model that was trained from the start
+        if not isinstance(path, str) or path in names:  # a new model, or an odd record
             break
         if is_demo(path, sha256):
             raise ValueError(f"{result}: was made with the demo ({path}); use the real model")

@@ -30,7 +30,9 @@ def read_file(path: Path) -> bytes:
     if not path.is_file():
         raise ValueError(f"{path}: is not a regular file")
     if path.stat().st_size > MAX_SIZE:
-        raise ValueError(f"{path}: has more than {MAX_SIZE:,} bytes, which is no such file")
+        raise ValueError(
+            f"{path}: has more than {MAX_SIZE:,} bytes, too many for a file of this name"
+        )
     content = path.read_bytes()
     if not content.strip():
         raise ValueError(f"{path}: is empty")
@@ -47,7 +49,8 @@ def parse_code(path: Path, content: bytes) -> ast.Module:
         with warnings.catch_warnings(action="ignore"):  # of its strings
             return ast.parse(content)
     except SyntaxError as error:
-        raise ValueError(f"{path}:{error.lineno}: is not valid Python: {error.msg}") from None
+        place = path if error.lineno is None else f"{path}:{error.lineno}"
+        raise ValueError(f"{place}: is not valid Python: {error.msg}") from None
     except (ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"{path}: is not valid Python: {error}") from None
 
