@@ -47,6 +47,7 @@ class Variant:
 
     mistake: Mistake
     subject: Subject
+    others: tuple[Subject, ...] = ()  # that make the same mistake in other ways
 
 
 @dataclass(frozen=True)
@@ -105,13 +106,13 @@ def judge(part: Part, found: Observations) -> Finding:
     if not differing:
         return Finding(part.name, "ok")
     variants = variants_of(part)
-    for variant, outcome in variants:
+    for mistake, outcome in variants:
         if not disagreement(found, outcome):
-            return _finding(part, (variant.mistake,))
+            return _finding(part, (mistake,))
     # A pair is recognised if the two show in different probes.
     matching = [
-        (changed, variant.mistake)
-        for variant, outcome in variants
+        (changed, mistake)
+        for mistake, outcome in variants
         if not (changed := disagreement(outcome, ours)) & disagreement(found, outcome)
     ]
     for (first, mistake), (second, other) in combinations(matching, 2):
@@ -119,8 +120,8 @@ def judge(part: Part, found: Observations) -> Finding:
             return _finding(part, (mistake, other))
     text = f"wrong in a way that is not in the catalogue: {difference(found, ours)[2]}"
     ranked = [
-        (len(disagreement(found, outcome)), difference(found, outcome)[0], variant.mistake.name)
-        for variant, outcome in variants
+        (len(disagreement(found, outcome)), difference(found, outcome)[0], mistake.name)
+        for mistake, outcome in variants
     ]
     if ranked and (closest := min(ranked))[0] < len(found):
         agreeing = f"{len(found) - closest[0]} of {len(found)}"
@@ -154,9 +155,13 @@ def expected_of(part: Part) -> Observations:
 
 
 @cache
-def variants_of(part: Part) -> tuple[tuple[Variant, Observations], ...]:
-    """Run the probes on every variant; once in a process."""
-    return tuple((variant, observe_seeded(part, variant.subject)) for variant in part.variants)
+def variants_of(part: Part) -> tuple[tuple[Mistake, Observations], ...]:
+    """Run the probes on every variant; once in a process. A mistake may have several."""
+    return tuple(
+        (variant.mistake, observe_seeded(part, subject))
+        for variant in part.variants
+        for subject in (variant.subject, *variant.others)
+    )
 
 
 def difference(found: Observations, expected: Observations) -> tuple[float, str, str]:

@@ -71,7 +71,13 @@ def dropout_pattern(found: Tensor, kept: Tensor, rate: float, copies: int = 1) -
 
 
 def entry(
-    subject: Subject, where: str, name: str, why: str, seen: str = "", is_edition: bool = False
+    subject: Subject,
+    where: str,
+    name: str,
+    why: str,
+    seen: str = "",
+    is_edition: bool = False,
+    others: tuple[Subject, ...] = (),
 ) -> Variant:
     """Make an entry of the catalogue."""
-    return Variant(Mistake(name, where, why, seen, is_edition), subject)
+    return Variant(Mistake(name, where, why, seen, is_edition), subject, others)
