@@ -28,7 +28,7 @@ class Loop(Optimizer):
         self.shared: dict[str, Any] = {}
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         self.begin()
         for group in self.param_groups:
             self.begin_group(group)
