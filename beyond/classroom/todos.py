@@ -37,9 +37,9 @@ position m, counted from 0, the angle of pair i is a = m * theta^(-2i / head_dim
     x'[2i]   = x[2i] cos(a) - x[2i+1] sin(a)
     x'[2i+1] = x[2i] sin(a) + x[2i+1] cos(a)
 
-Shapes: query (batch, seq, n_heads, head_dim), key (batch, seq, n_kv_heads, head_dim); the
-angles are (seq, head_dim / 2), the same for all rows and heads. Compute in float32, return
-the dtypes given, and put tensors that you make on the device of query.
+Shapes: query (batch, seq, n_heads, head_dim), key (batch, seq, n_kv_heads, head_dim);
+the angles are (seq, head_dim / 2), the same for all rows and heads. Compute in float32,
+return the dtypes given, and put tensors that you make on the device of query.
 Su et al. 2021, arXiv:2104.09864, section 3.4.2, eq. 34.""",
         helpers=("rotary_tables", "_rotate"),
     ),
@@ -168,8 +168,11 @@ EDITS: dict[str, tuple[tuple[str, str], ...]] = {
     "beyond/options.py": (
         ("SentencePiece model, tokenizer.json or llama2.c's tokenizer.bin", "SentencePiece model"),
         (
-            "checkpoint: a .pt file, llama2.c's .bin, or a folder of Hugging Face or Meta",
-            "a .pt file",
+            """\
+        f"checkpoint: a .pt file, llama2.c's .bin, or a folder of Hugging Face or Meta (default: "
+        f"{CHECKPOINT}; if""",
+            """\
+        f"checkpoint: a .pt file (default: {CHECKPOINT}; if""",
         ),
         (
             "; on for llama2.c's .bin and for folders; off if a .pt does not say",
