@@ -69,7 +69,10 @@ def trajectory(
             # Not near 0, where eps would matter.
             gradient = gradient + gradient.sign() * scale / 2
             parameter.grad = None if i in without else gradient
-        optimizer.step()
+        try:
+            optimizer.step()
+        except ZeroDivisionError:  # where tensors instead of numbers would give NaN
+            return torch.full((steps, number, *SHAPE), torch.nan)
         values.append(torch.stack([parameter.detach().clone() for parameter in held]))
     return torch.stack(values)
 
@@ -79,7 +82,8 @@ def is_gradient_kept(make: Make) -> Tensor:
     (parameter,) = parameters(1)
     gradient = normal(*SHAPE, seed=9)
     parameter.grad = gradient.clone()
-    make([parameter], lr=0.1).step()
+    with suppress(ZeroDivisionError):
+        make([parameter], lr=0.1).step()
     return torch.tensor(torch.equal(parameter.grad, gradient))
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from beyond.classroom.part import Mistake, Variant
 from beyond.classroom.parts.adamw_loop import Group, Loop
 
-WHERE = "optimizer.py: AdamW.step"
+WHERE = "optimizer.py, AdamW.step"
 
 
 def _corrected_both(loop: Loop, v: Tensor, group: Group, t: int) -> Tensor:

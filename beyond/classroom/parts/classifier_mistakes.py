@@ -12,8 +12,8 @@ from beyond.classroom.parts.sentences import PAD, last_real
 from classifier import ClassifierConfig, LlamaEmbeddingClassifier
 from llama import Llama
 
-WHERE = "classifier.py: LlamaEmbeddingClassifier.forward"
-WHERE_INIT = "classifier.py: LlamaEmbeddingClassifier.__init__"
+WHERE = "classifier.py, LlamaEmbeddingClassifier.forward"
+WHERE_INIT = "classifier.py, LlamaEmbeddingClassifier.__init__"
 
 
 class Steps(LlamaEmbeddingClassifier):

@@ -10,7 +10,7 @@ False alarms: a right implementation fails a probe by chance less than once in 1
 - `drawn` says which tokens more than 1 % of the rows draw. The logits are such that a token's
   probability, in our part and in every variant, is below 0.4 % or above 2.5 %. Chernoff: the other
   side of 1 % has probability at most exp(-n KL(0.01, p)) < 1e-27.
-- Of 250 tokens with probability 1/500 each, 4,000 rows miss one with probability 3.4e-4, and 8 of
+- Of 250 tokens with probability about 1/500 each, 4,000 rows miss one with probability 3.4e-4, and 8 of
   them, 3 %, with probability below 1e-13.
 """
 
@@ -164,7 +164,7 @@ def observe_rows(make: Make) -> dict[str, Observed]:
     flat, tail = torch.full((4,), NOT_MEASURED), torch.full((2,), NOT_MEASURED)
     if differ:
         flat = share(draw(make, FLAT.repeat(ROWS, 1), 1.0), 4)
-        one_likely = torch.full((TAIL + 1,), 1.0)
+        one_likely = 1 + torch.arange(TAIL + 1) * 1e-4  # no two equal, so that a top-k can cut
         one_likely[0] += torch.tensor(TAIL).log()  # half of the probability
         shares = share(draw(make, one_likely.repeat(TAIL_ROWS, 1), 1.0), TAIL + 1)[1:]
         tail = torch.stack([(shares > 0).any(), (shares > 0).double().mean() > 0.97])

@@ -11,7 +11,7 @@ from beyond.classroom.part import Mistake, Variant
 from config import LlamaConfig
 from llama import Llama
 
-WHERE = "llama.py: Llama.generate"
+WHERE = "llama.py, Llama.generate"
 BOS, EOS = 1, 2
 
 Forward = Callable[..., tuple[Tensor, Tensor]]

@@ -28,7 +28,7 @@ from beyond.classroom.student import Student
 from classifier import ClassifierConfig, LlamaZeroShotClassifier
 from llama import Llama
 
-WHERE = "classifier.py: LlamaZeroShotClassifier.forward"
+WHERE = "classifier.py, LlamaZeroShotClassifier.forward"
 TOLERANCE = 1e-4  # of sums of log-probabilities between -50 and 0
 ONE_TOKEN = {"fair": [8], "poor": [12], "fine": [17], "dull": [5], "great": [10]}
 SEVERAL_TOKENS = {"fair": [8, 15], "poor": [12], "lovely": [17, 5, 11]}
