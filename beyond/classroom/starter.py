@@ -57,14 +57,19 @@ def write_starter(folder: Path) -> int:
     files = starter_files()
     target = folder.resolve()  # through a link
     target.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, so that the complete starter only has to be renamed.
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
+    # Near the target, so that the complete starter only has to be renamed.
+    place = target if target.exists() else target.parent
+    with tempfile.TemporaryDirectory(prefix=".starter-", dir=place) as temporary:
         complete = Path(temporary) / "starter"
         for name, content in files.items():
             path = complete / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
-        complete.rename(target)
+        if place == target:  # it stays the same folder, for example someone's current one
+            for path in complete.iterdir():
+                path.rename(target / path.name)
+        else:
+            complete.rename(target)
     return len(files)
 
 

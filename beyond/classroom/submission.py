@@ -15,9 +15,9 @@ that the demo's model has made is refused. A result without a record is of unkno
 taken.
 
 The course runs the five files beside its own base_llama.py, config.py, tokenizer.py and utils.py.
-Files that were written on this project's starter need the starter's files of these names, and its
-`beyond/`: hand them in to a teacher who has the starter, or move the bodies into the course's own
-files.
+If they import a further module of yours, move what they need of it into them. Files that were
+written on this project's starter need the starter's files of these names, and its `beyond/`: hand
+them in to a teacher who has the starter, or move the bodies into the course's own files.
 """
 
 import argparse

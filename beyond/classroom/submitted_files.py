@@ -71,7 +71,7 @@ def code_notes(path: Path, content: bytes) -> Iterator[str]:
         if (folder / f"{module}.py").exists() or (folder / module).is_dir():
             yield (
                 f"{path} imports {module}, which is not handed in: it cannot run beside the "
-                "course's own files; see --help"
+                "course's own files alone; see --help"
             )
 
 

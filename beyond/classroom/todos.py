@@ -165,6 +165,29 @@ EDITS: dict[str, tuple[tuple[str, str], ...]] = {
         ("    test_scalar_recurrence()\n", ""),
         ("course's values and a scalar recurrence.", "course's values."),
     ),
+    "sanity_check.py": (
+        (
+            """ switched off)
+  (`tests/test_sanity_check.py` computes them again).
+
+With `--of FOLDER` it examines another implementation of the assignment instead, and names its
+mistakes (`beyond/classroom/`).
+""",
+            " switched off).\n",
+        ),
+        ("import sys\nfrom importlib import import_module\n", ""),
+        (
+            "from llama import Llama, load_pretrained\n",
+            "from llama import Llama, load_pretrained\nfrom utils import refuse_arguments\n",
+        ),
+        (
+            """\
+    if sys.argv[1:]:  # --of FOLDER, --help, or a mistake
+        sys.exit(import_module("beyond.classroom.report").main())
+""",
+            "    refuse_arguments(__doc__)\n",
+        ),
+    ),
     "beyond/options.py": (
         ("SentencePiece model, tokenizer.json or llama2.c's tokenizer.bin", "SentencePiece model"),
         (

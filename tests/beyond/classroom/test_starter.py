@@ -21,8 +21,11 @@ from beyond import generation
 from beyond.classroom import starter
 from beyond.classroom.__main__ import main
 from beyond.classroom.cutting import leave_to_student, replace_once, take_out, turn_off
+from beyond.classroom.part import examine
+from beyond.classroom.parts import PARTS
 from beyond.classroom.stand_ins import decoding
 from beyond.classroom.stand_ins.methods.options import LACKS
+from beyond.classroom.student import Student
 from beyond.classroom.todos import ANSWERS_IN_CHECKS, TODOS, Todo
 from beyond.options import TASKS, flags_of
 from tests.conftest import ROOT, SENTENCES
@@ -204,7 +207,8 @@ def test_helpers_and_rooms_that_show_answers_are_gone(skeleton: Path) -> None:
 
 def test_all_other_text_stays_as_it_is(skeleton: Path) -> None:
     """A file without a task is ours, byte for byte; one with a task has our lines in our order."""
-    changed = {"rope_test.py", "optimizer_test.py", "beyond/options.py", "beyond/command_line.py"}
+    changed = {"rope_test.py", "optimizer_test.py", "sanity_check.py"}
+    changed |= {"beyond/options.py", "beyond/command_line.py"}
     changed |= {todo.file for todo in TODOS}
     stand_ins = {
         f"beyond/{path.relative_to(starter.STAND_INS)}" for path in starter.STAND_INS.rglob("*.py")
@@ -341,7 +345,7 @@ def test_the_readmes_commands_are_accepted(skeleton: Path) -> None:
     assert result.stdout.split() == ["generate", "prompt", "prompt", "finetune", "finetune"]
     for file in re.findall(r"uv run python (\S+\.py)", readme):
         assert (skeleton / file).exists()
-    assert "{" not in readme.replace("demo-{", "")
+    assert not re.search(r"{[a-z]+}", readme)
 
 
 def few_sentences(folder: Path) -> None:
@@ -413,6 +417,61 @@ def test_the_plain_room_for_decoding_gives_what_ours_gives(
     assert results(tmp_path) == ours and ours
 
 
+# ---------------------------------------------------------------------------------- the checker
+
+# The parts whose bodies the starter lacks.
+TO_DO = {
+    "rope",
+    "RMSNorm",
+    "attention scores",
+    "layer",
+    "generate",
+    "AdamW",
+    "embedding classifier",
+}
+
+
+def test_the_checker_says_todo_for_exactly_the_missing_bodies(skeleton: Path) -> None:
+    student = Student(skeleton)
+    found = {part.name: examine(part, student).status for part in PARTS}
+    assert found == {name: "todo" if name in TO_DO else "ok" for name in found}
+    assert len(TO_DO) == len(TODOS) and TO_DO < found.keys()
+
+
+def test_the_checker_is_content_with_our_bodies(skeleton: Path, tmp_path: Path) -> None:
+    shutil.copytree(skeleton, tmp_path / "done")
+    for file in SOLUTION:
+        shutil.copy(ROOT / file, tmp_path / "done" / file)
+    student = Student(tmp_path / "done")
+    findings = [examine(part, student) for part in PARTS]
+    assert [finding for finding in findings if finding.status != "ok" or finding.text] == []
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("todo", TODOS, ids=lambda todo: todo.name)
+def test_each_body_alone_is_one_todo_less(skeleton: Path, tmp_path: Path, todo: Todo) -> None:
+    """Our source with only this body taken out: one part is to do, all others are ok."""
+    shutil.copytree(skeleton, tmp_path / "work")
+    for file in SOLUTION:
+        shutil.copy(ROOT / file, tmp_path / "work" / file)
+    source = leave_to_student((ROOT / todo.file).read_text(encoding="utf-8"), todo)
+    (tmp_path / "work" / todo.file).write_text(source, encoding="utf-8")
+    student = Student(tmp_path / "work")
+    found = {part.name: examine(part, student).status for part in PARTS}
+    assert sorted(found.values()) == ["ok"] * (len(PARTS) - 1) + ["todo"]
+    assert [name for name, status in found.items() if status == "todo"][0] in TO_DO
+
+
+def test_the_checker_is_not_in_the_starter(skeleton: Path) -> None:
+    assert [file for file, text in sources(skeleton).items() if "classroom" in text] == []
+    result = python(skeleton, "sanity_check.py", "--of", ".")
+    assert result.returncode == 2
+    assert result.stderr == (
+        "sanity_check.py: error: unrecognized arguments: --of .; this script takes no arguments\n"
+    )
+    assert "It is not in this folder" in (skeleton / "README.md").read_text(encoding="utf-8")
+
+
 # ----------------------------------------------------------------------------------- the folder
 
 
@@ -438,9 +497,13 @@ def test_an_empty_folder_and_a_link_to_one_are_filled(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty2").mkdir()
     (tmp_path / "link").symlink_to("empty2")
+    inode = (tmp_path / "empty").stat().st_ino
     for name in ("empty", "link"):
         assert main(["starter", str(tmp_path / name)]) == 0
         assert (tmp_path / name / "rope.py").is_file()
+    assert (tmp_path / "empty").stat().st_ino == inode  # the same folder, filled
+    names = {path.name for path in (tmp_path / "empty").iterdir()}
+    assert {name for name in names if name.startswith(".")} == {".gitignore", ".python-version"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "empty2", "link"]
     assert (tmp_path / "link").is_symlink()
 
@@ -452,8 +515,13 @@ def test_nothing_is_left_if_writing_fails(
         return {"a.py": b"", "a.py/b.py": b""}  # cannot be both a file and a folder
 
     monkeypatch.setattr(starter, "starter_files", fail)
-    assert main(["starter", str(tmp_path / "new")]) == 2
-    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "empty").mkdir()
+    for name in ("new", "empty"):
+        assert main(["starter", str(tmp_path / name)]) == 2
+    assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
+    (tmp_path / "file").touch()
+    assert main(["starter", str(tmp_path / "file/new")]) == 2
+    assert capsys.readouterr().err.count("\n") == 3
 
 
 # ------------------------------------------------------------------------------------ the list

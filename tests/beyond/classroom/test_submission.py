@@ -414,7 +414,7 @@ def test_code_that_needs_more_than_is_handed_in_is_noted(work: Path, submit: Sub
     (work / "beyond").mkdir()
     assert submit()[2] == [
         f"note: {work}/run_llama.py imports beyond, which is not handed in: it cannot run beside "
-        "the course's own files; see --help"
+        "the course's own files alone; see --help"
     ]
 
 
