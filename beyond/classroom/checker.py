@@ -101,8 +101,9 @@ def check(
                 reason = f"not examined: the parts before took {limits.total:g} s"
                 add(Finding(left[0].name, "error", reason))
                 continue
-            resolved, memory = folder.resolve(), limits.memory
-            job = Job(left, resolved, Path(place), failures, memory, secret=token_hex())
+            cwd = Path(place, str(len(findings)))  # its own: code may have deleted another
+            cwd.mkdir(parents=True)
+            job = Job(left, folder.resolve(), cwd, failures, limits.memory, secret=token_hex())
             worker = _Worker(job, limits, started)
             try:
                 reason = worker.watch(add, end)

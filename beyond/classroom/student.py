@@ -80,7 +80,7 @@ class Student:
         while True:
             try:
                 return importlib.import_module(name)
-            except (KeyboardInterrupt, StudentError):
+            except KeyboardInterrupt:
                 raise
             except BaseException as error:
                 absent = error.name if isinstance(error, ModuleNotFoundError) else None

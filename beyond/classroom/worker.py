@@ -83,7 +83,7 @@ def _lead(job: Job, results: int, output: int, status: int) -> None:
         try:
             control(DIE_WITH_PARENT, signal.SIGKILL)
             os.close(status)
-            _confine(job, output)
+            _confine(job, output, results)
             _work(job, results)
             os._exit(0)
         except BaseException:
@@ -97,12 +97,13 @@ def _lead(job: Job, results: int, output: int, status: int) -> None:
     os._exit(0)
 
 
-def _confine(job: Job, output: int) -> None:
-    """Let this process read nothing, print into a pipe, and use only so much."""
+def _confine(job: Job, output: int, results: int) -> None:
+    """Let this process read nothing, write to its two pipes only, and use only so much."""
     null = os.open(os.devnull, os.O_RDONLY)
     for old, new in ((null, 0), (output, 1), (output, 2)):
         os.dup2(old, new)
-    os.close(output)
+    os.closerange(3, results)
+    os.closerange(results + 1, min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 1 << 16))
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
     sys.stdout = open(1, "w", errors="replace", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", 1, errors="replace", closefd=False)  # noqa: SIM115
