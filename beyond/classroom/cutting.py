@@ -7,7 +7,7 @@ from beyond.classroom.todos import Todo
 
 Definition = ast.FunctionDef | ast.ClassDef
 LINE_LENGTH = 100  # as in pyproject.toml
-TODO = "TODO: replace the error below by code for this."
+TODO = "TODO: replace the error below with code for this."
 
 
 def replace_once(text: str, old: str, new: str, file: str) -> str:

@@ -564,7 +564,7 @@ def last() -> str:  # stays
 def test_a_body_is_cut_from_the_first_use_of_a_helper_on() -> None:
     cut = leave_to_student(SOURCE, Todo("a.py", "first", "x\n\ny", helpers=("helper",)))
     cut = leave_to_student(cut, Todo("a.py", "last", "z", helpers=("helper",)))
-    todo = "# TODO: replace the error below by code for this."
+    todo = "# TODO: replace the error below with code for this."
     assert take_out(cut, "helper", "a.py") == (
         f'''"""Doc."""
 
