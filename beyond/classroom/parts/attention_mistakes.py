@@ -40,9 +40,13 @@ def split(x: Tensor, head_dim: int) -> Tensor:
     return x.unflatten(-1, (-1, head_dim))
 
 
-def split_without_transpose(x: Tensor, head_dim: int) -> Tensor:
-    heads = x.shape[-1] // head_dim
-    return x.reshape(len(x), heads, -1, head_dim).transpose(1, 2)
+def move(x: Tensor) -> Tensor:
+    """Turn (batch, seq, heads, head_dim) into (batch, heads, seq, head_dim)."""
+    return x.transpose(1, 2)
+
+
+def move_by_view(x: Tensor) -> Tensor:
+    return x.reshape(len(x), x.shape[2], x.shape[1], -1)
 
 
 def repeat(x: Tensor, times: int) -> Tensor:
@@ -69,13 +73,14 @@ def drop_input(ours: Attention, output: Tensor, x: Tensor) -> Tensor:
 
 def variant(
     project: Callable[[Attention, Tensor], tuple[Tensor, Tensor, Tensor]] = project,
-    split: Callable[[Tensor, int], Tensor] = split,
     rotate: Callable[[Attention, Tensor, Tensor], Pair] = rotate,
     rotate_value: Callable[[Attention, Tensor, Tensor], Pair] = lambda ours, query, key: (
         query,
         key,
     ),
+    move: Callable[[Tensor], Tensor] = move,
     repeat: Callable[[Tensor, int], Tensor] = repeat,
+    repeat_before: Callable[[Tensor, int], Tensor] = lambda x, times: x,
     merge: Callable[[Tensor], Tensor] = merge,
     finish: Callable[[Attention, Tensor, Tensor], Tensor] = finish,
 ) -> Build:
@@ -87,7 +92,8 @@ def variant(
             query, key, value = (split(t, config.head_dim) for t in project(ours, x))
             query, key = rotate(ours, query, key)
             value = rotate_value(ours, value, value)[0]
-            query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+            key, value = (repeat_before(t, config.n_rep) for t in (key, value))
+            query, key, value = (move(t) for t in (query, key, value))
             key, value = (repeat(t, config.n_rep) for t in (key, value))
             return finish(ours, merge(average(query, key, value)), x)
 
@@ -180,11 +186,18 @@ VARIANTS: tuple[Variant, ...] = (
         "The key comes from compute_key, the value from compute_value.",
     ),
     entry(
-        variant(split=split_without_transpose),
+        variant(move=move_by_view),
         WHERE,
-        "heads split by view alone",
-        "view(batch, n_heads, seq, head_dim) mixes positions and heads. Split the last axis, "
-        "view(batch, seq, n_heads, head_dim), then transpose(1, 2).",
+        "heads moved by view instead of transpose",
+        "view(batch, n_heads, seq, head_dim) only cuts the numbers anew, and mixes positions and "
+        "heads. Use transpose(1, 2).",
+        others=(
+            variant(
+                move=move_by_view,
+                repeat=lambda x, times: x,
+                repeat_before=lambda x, times: x.repeat_interleave(times, dim=2),
+            ),
+        ),
     ),
     entry(
         variant(repeat=lambda x, times: x.repeat(1, times, 1, 1)),

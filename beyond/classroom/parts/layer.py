@@ -80,6 +80,11 @@ def without_stream(layer: LlamaLayer, x: Tensor) -> Tensor:
     return x + attended + layer.feed_forward(layer.ffn_norm(attended))
 
 
+def normalized_output(layer: LlamaLayer, x: Tensor) -> Tensor:
+    h = first_from_normalized(layer, x)
+    return layer.ffn_norm(h + layer.feed_forward(layer.attention_norm(h)))
+
+
 def no_norms(layer: LlamaLayer, x: Tensor) -> Tensor:
     h = x + layer.attention(x)
     return h + layer.feed_forward(h)
@@ -238,6 +243,16 @@ VARIANTS: tuple[Variant, ...] = tuple(
             "Only the second half is computed. " + MISREAD,
         ),
     )
+)
+VARIANTS += (
+    entry(
+        formula(normalized_output),
+        WHERE,
+        "ffn_norm applied to the layer's output, attention_norm to the rest",
+        "The input is replaced by its norm, the feed-forward network gets attention_norm instead "
+        "of ffn_norm, and ffn_norm is applied at the end. " + MISREAD,
+        seen="epguo/11711-assignment1-minllama",
+    ),
 )
 
 PART = Part("layer", WHERE, lambda ours, config: ours, VARIANTS, observe, adapt)

@@ -70,6 +70,12 @@ def normalize_each(model: Llama, h: Tensor) -> Tensor:
     return h
 
 
+def last_before_norm(
+    model: Llama, logits: Tensor, hidden: Tensor, before: Tensor
+) -> tuple[Tensor, Tensor]:
+    return logits, before if logits.shape[1] > 1 else before[:, -1:]
+
+
 def without_norm(model: Llama, h: Tensor) -> Tensor:
     return h
 
@@ -135,8 +141,13 @@ VARIANTS: tuple[Variant, ...] = tuple(
             "The hidden states are normalized already.",
         ),
         (
-            variant(run_layers=normalize_each),
+            variant(run_layers=normalize_each, normalize=without_norm),
             "final norm after every layer",
+            "self.norm is applied once, after the last layer. It may stand inside the loop.",
+        ),
+        (
+            variant(run_layers=normalize_each),
+            "final norm after every layer, and at the end",
             "self.norm is applied once, after the last layer.",
         ),
         (
@@ -213,4 +224,12 @@ VARIANTS: tuple[Variant, ...] = tuple(
             "Apply self.dropout to the embeddings.",
         ),
     )
+) + (
+    entry(
+        variant(finish=last_before_norm),
+        WHERE,
+        "hidden states of the last column only, from before the final norm",
+        "Return the normalized hidden states of all columns, (batch, seq, dim).",
+        seen="ggrantrichards/minllama-assignment",
+    ),
 )

@@ -77,7 +77,8 @@ def entry(
     why: str,
     seen: str = "",
     is_edition: bool = False,
+    is_note: bool = False,
     others: tuple[Subject, ...] = (),
 ) -> Variant:
     """Make an entry of the catalogue."""
-    return Variant(Mistake(name, where, why, seen, is_edition), subject, others)
+    return Variant(Mistake(name, where, why, seen, is_edition, is_note), subject, others)

@@ -17,6 +17,7 @@ from beyond.classroom.parts.rope_variants import (
     transposed_angles,
     turn_added,
     turn_along_heads,
+    turn_along_query_heads,
     turn_back,
     turn_concatenated,
     turn_halves,
@@ -120,6 +121,7 @@ VARIANTS: tuple[Variant, ...] = (
         "The angles are broadcast over the wrong axis: they follow the head's number and not the "
         "token's position. The tensors are (batch, seq, heads, head_dim), so the tables must be "
         "(1, seq, 1, head_dim / 2).",
+        others=(rotation(turn_along_query_heads),),
     ),
     entry(
         rotation(angles=transposed_angles),
@@ -189,6 +191,12 @@ VARIANTS: tuple[Variant, ...] = (
         "pair has the frequency 1.",
     ),
     entry(
+        exponents(lambda pairs, d: 0 * pairs),
+        WHERE,
+        "wrong exponent: integer division",
+        "2i // head_dim is 0 for every pair, so all frequencies are 1. Divide with /.",
+    ),
+    entry(
         after(lambda query, key, rotated, rotated_key: (rotated, key)),
         WHERE,
         "key not rotated",
@@ -224,6 +232,7 @@ VARIANTS: tuple[Variant, ...] = (
         "works only with as many key heads as query heads",
         "The key has n_kv_heads heads, in grouped-query attention fewer than the query. Take each "
         "tensor's own shape. The course's checkpoint has equal numbers, so its checks pass.",
-        "madflytep/minllama-assignment",
+        "madflytep/minllama-assignment, Sho-Shoo/minllama-assignment",
+        is_note=True,
     ),
 )

@@ -95,8 +95,14 @@ def turn_added(x: Tensor, angle: Tensor) -> Tensor:
 
 
 def turn_along_heads(x: Tensor, angle: Tensor) -> Tensor:
-    heads = angles(x.shape[2], x.shape[-1], THETA)  # the number of the head as the position
-    return turn(x.transpose(1, 2), heads).transpose(1, 2)
+    # The number of the head is taken for the position; there are fewer heads than positions.
+    return turn(x.transpose(1, 2), angle[: x.shape[2]]).transpose(1, 2)
+
+
+def turn_along_query_heads(x: Tensor, angle: Tensor) -> Tensor:
+    if x.shape[2] != 4:  # the table has the size of the query's heads
+        raise ValueError("the table does not fit the key's heads")
+    return turn_along_heads(x, angle)
 
 
 def rotation(turn: Turn = turn, angles: Angles = angles) -> Rotate:
