@@ -19,6 +19,8 @@ from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[2]
 # Names that mean the folder's modules, or nothing: never ours.
 OURS = {path.stem for path in ROOT.glob("*.py")} | {"benchmarks", "beyond", "data", "tests"}
@@ -27,6 +29,10 @@ LONGEST = 300  # characters of an error's message
 
 class StudentError(Exception):
     """Something of the folder cannot be used; the message is one line that says why."""
+
+
+class KnownFailure(StudentError):
+    """A module is needed that could not be imported; the message says where and why."""
 
 
 class Student:
@@ -60,10 +66,10 @@ class Student:
             StudentError: if it cannot be imported.
         """
         if name in self._failures:
-            raise StudentError(self._failures[name])
+            raise KnownFailure(self._failures[name])
         if name in self._modules:
             return self._modules[name]
-        with self.names():
+        with self.names(), _same_defaults():
             outer, self.is_importing = self.is_importing, True
             self._on_import(name)
             try:
@@ -127,7 +133,9 @@ class Student:
             message = " ".join(str(error).split())
         except Exception:
             message = "(its message cannot be shown)"
-        if isinstance(error, SyntaxError):
+        if isinstance(error, KnownFailure):
+            place = ""
+        elif isinstance(error, SyntaxError):
             place = f"{error.filename}:{error.lineno}: "
             message = " ".join(str(error.msg).split())
         else:
@@ -151,7 +159,7 @@ class Student:
         """Find a module in the folder, or a stand-in for one that is absent; None if elsewhere."""
         name = fullname.partition(".")[0]
         if fullname in self._failures:
-            raise StudentError(self._failures[fullname])
+            raise KnownFailure(self._failures[fullname])
         if any(f"{fullname}.".startswith(f"{absent}.") for absent in self.absent):
             return ModuleSpec(fullname, _StandInLoader(self), is_package=True)
         for place in [str(self.folder)] if places is None else places:
@@ -162,6 +170,17 @@ class Student:
         if name in OURS:
             raise ModuleNotFoundError(f"No module named {fullname!r}", name=fullname)
         return None
+
+
+@contextmanager
+def _same_defaults() -> Iterator[None]:
+    """Undo what a module changes for the whole process, so that each part is examined alone."""
+    dtype, has_grad = torch.get_default_dtype(), torch.is_grad_enabled()
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(has_grad)
 
 
 def _take_modules(names: set[str]) -> dict[str, ModuleType]:

@@ -74,7 +74,7 @@ def _lead(job: Job, results: int, output: int, status: int) -> None:
     """Start the worker itself, wait for it, and report its status."""
     os.setsid()
     control(DIE_WITH_PARENT, signal.SIGKILL)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(WHERE, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
@@ -117,7 +117,9 @@ def _confine(job: Job, output: int, results: int) -> None:
     torch.set_num_threads(1)  # threads of an earlier pool did not come along
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_FSIZE, FILE_SIZE)
-    with suppress(OSError):  # no /proc: only what the checker sees is limited
+    with suppress(OSError):  # without /proc, memory is not limited
+        # If the machine has too little memory, this process is ended and not the checker.
+        Path("/proc/self/oom_score_adj").write_text("1000")
         data = re.search(r"VmData:\s*(\d+) kB", Path("/proc/self/status").read_text())
         if data:
             _limit(resource.RLIMIT_DATA, (int(data[1]) << 10) + job.memory)

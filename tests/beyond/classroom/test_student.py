@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import llama
 import rope
@@ -132,7 +133,7 @@ def test_a_failure_that_is_known_is_not_tried_again(tmp_path: Path) -> None:
     write(tmp_path, rope="raise RuntimeError", llama="import rope", config="")
     student = Student(tmp_path, {"rope": "rope.py: no end"})
     assert error_of(student, "rope") == "rope.py: no end"
-    assert error_of(student, "llama") == "llama.py:1: rope.py: no end"
+    assert error_of(student, "llama") == "rope.py: no end"
     assert student.module("config")
 
 
@@ -143,6 +144,15 @@ def test_imports_are_told(tmp_path: Path) -> None:
     student.module("rope")
     error_of(student, "llama")
     assert told == ["rope", "", "llama", ""]
+
+
+def test_a_module_cannot_change_what_other_parts_compute_with(tmp_path: Path) -> None:
+    code = "import torch\ntorch.set_default_dtype(torch.float64)\ntorch.set_grad_enabled(False)\n"
+    student = write(tmp_path, rope=code, llama=code + "1 / 0")
+    student.module("rope")
+    error_of(student, "llama")
+    assert torch.ones(1, requires_grad=True).exp().requires_grad
+    assert torch.ones(1).dtype == torch.float32
 
 
 # ------------------------------------------------------------------------- packages that are absent
