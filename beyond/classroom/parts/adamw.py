@@ -77,6 +77,18 @@ def trajectory(
     return torch.stack(values)
 
 
+def require_body(make: Make) -> None:
+    """Raise NotImplementedError if a step changes nothing and keeps nothing."""
+    (parameter,) = parameters(1)
+    before = parameter.detach().clone()
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = make([parameter], lr=0.1)
+    with suppress(ZeroDivisionError):
+        optimizer.step()
+        if torch.equal(parameter, before) and not kept_tensors(optimizer):
+            raise NotImplementedError("AdamW.step does nothing")
+
+
 def is_gradient_kept(make: Make) -> Tensor:
     """Say whether a step leaves the gradient as it was."""
     (parameter,) = parameters(1)
@@ -96,16 +108,21 @@ def fits_state(make: Make, parameter: nn.Parameter) -> bool:
     optimizer = make([parameter], lr=0.1)
     with suppress(Exception):
         optimizer.step()
-    kept = [
+    return all(
+        (tensor.device, tensor.dtype) == (parameter.device, parameter.dtype)
+        for tensor in kept_tensors(optimizer)
+    )
+
+
+def kept_tensors(optimizer: Optimizer) -> list[Tensor]:
+    """List what an optimizer keeps that has a parameter's shape, in `state` or elsewhere."""
+    return [
         tensor
         for name, value in vars(optimizer).items()
         if name not in ("param_groups", "defaults")
         for tensor in tensors_in(value)
-        if tensor.shape == parameter.shape and tensor is not parameter
+        if tensor.shape == SHAPE and not isinstance(tensor, nn.Parameter)
     ]
-    return all(
-        (tensor.device, tensor.dtype) == (parameter.device, parameter.dtype) for tensor in kept
-    )
 
 
 def tensors_in(value: object, depth: int = 4) -> Iterator[Tensor]:
@@ -119,6 +136,7 @@ def tensors_in(value: object, depth: int = 4) -> Iterator[Tensor]:
 
 def observe(make: Make) -> Observations:
     """Take steps with all kinds of gradients and options."""
+    require_body(make)
     (wide,) = parameters(1, torch.float64)
     on_meta = nn.Parameter(torch.ones(SHAPE, device="meta"))
     found = {

@@ -1,17 +1,17 @@
 """`Llama.generate`: the next token at temperature 0 and above, the context, and the result.
 
-The model's `forward` is replaced by fixed logits, so a batch of 20,000 equal rows shows the
+The model's `forward` is replaced by fixed logits, so a batch of 10,000 equal rows shows the
 distribution that a token is drawn from.
 
 False alarms: a right implementation fails a probe by chance less than once in 1e9 checks.
 - Frequencies are compared with those of another sample. Hoeffding: the share of a token among n
-  rows is off by more than t with probability at most 2 exp(-2 n t^2). With n = 20,000 and t = 0.025
-  that is 3e-11 for one share; 16 shares of two samples give 9e-10, and the tolerance is 2 t = 0.05.
+  rows is off by more than t with probability at most 2 exp(-2 n t^2). With n = 10,000 and t = 0.036
+  that is 1.1e-11 for one share; 20 shares of two samples give 4.5e-10. The tolerance is 2 t.
 - `drawn` says which tokens more than 1 % of the rows draw. The logits are such that a token's
   probability, in our part and in every variant, is below 0.4 % or above 2.5 %. Chernoff: the other
-  side of 1 % has probability at most exp(-n KL(0.01, p)) < 1e-27.
-- Of 250 tokens with probability about 1/500 each, 4,000 rows miss one with probability 3.4e-4, and 8 of
-  them, 3 %, with probability below 1e-13.
+  side of 1 % has probability at most exp(-n KL(0.01, p)) < 1e-13.
+- Of 250 tokens with probability about 1/500 each, 4,000 rows miss one with probability 4e-4, and
+  8 of them, 3 %, with probability below 1e-12.
 """
 
 from collections.abc import Callable
@@ -28,16 +28,17 @@ from beyond.classroom.student import Student
 from config import LlamaConfig
 from llama import Llama
 
-ROWS = 20000
+ROWS = 10000
 TAIL_ROWS, TAIL = 4000, 250
-EXACT, FREQUENCY = 1e-3, 0.05  # tolerances of whole numbers and of frequencies
+EXACT, FREQUENCY = 1e-3, 0.072  # tolerances of whole numbers and of frequencies
 FLAT = torch.tensor([0.3, 0.26, 0.24, 0.2]).log() + 3  # above 0, as all logits here
-# (temperature, logits): token 0 is far below the others, which have nearly equal logits.
+# (temperature, logits): token 0 is far below the others, which have nearly equal logits. What is
+# likely is so likely that no usual top-k or top-p cuts it off; these show in the last probe only.
 UNLIKELY = {
     "temperature 1": (1.0, (20.0, 50.0, 50.2, 49.9)),
     "temperature 0.05": (0.05, (0.5, 2.0, 2.01, 1.99)),
     "temperature 0.2": (0.2, (0.05, 9.05, 9.08, 9.03)),
-    "temperature 5": (5.0, (0.05, 11.05, 11.15, 10.95)),
+    "temperature 20": (20.0, (0.05, 9.05, 9.08, 9.03)),
 }
 NOT_MEASURED = -1.0
 
@@ -91,7 +92,12 @@ class Generated:
 
         model = make(forward, config).train(is_training)
         generate = cast(Any, model).generate
-        result = generate(idx.clone(), max_new_tokens, temperature)
+        try:
+            result = generate(idx.clone(), max_new_tokens, temperature)
+        except TypeError as error:
+            if "but got NoneType" in str(error):  # torch.cat of a token that was not chosen
+                raise NotImplementedError("the next token is None") from error
+            raise
         self.tokens = expect_tensor(result, "the result of generate")
         self.contexts = torch.stack(contexts) if contexts else torch.zeros(0)
         self.is_training = model.training

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.beyond.classroom import course
+from tests.beyond.classroom import course, course_training
 from tests.conftest import ROOT
 
 GROUND_FLOOR = ("rope", "llama", "optimizer", "classifier", "base_llama", "tokenizer", "utils")
+
+MODEL = {"rope", "RMSNorm", "attention scores", "attention", "SwiGLU", "layer", "Llama.forward"}
 
 
 class Plant(NamedTuple):
@@ -28,7 +30,7 @@ class Plant(NamedTuple):
 def sources(dialect: str) -> dict[str, str]:
     """Return the files of an implementation without mistakes."""
     if dialect == "course":
-        return dict(course.FILES)
+        return {**course.FILES, **course_training.FILES}
     names = (f"{name}.py" for name in (*GROUND_FLOOR, "config"))
     return {name: (ROOT / name).read_text(encoding="utf-8") for name in names}
 
