@@ -166,6 +166,7 @@ def test_our_own_folder_is_ok(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.usefixtures("light")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")  # the fork needs none
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_everything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
