@@ -18,11 +18,11 @@ from typing import Any
 from torch import Tensor, nn
 
 import llama
+import rope
 from base_llama import ATTENTION_NAMES
 from beyond.classroom.part import AdaptError
-from beyond.classroom.student import Student
+from beyond.classroom.student import Student, StudentError
 from config import LlamaConfig
-from rope import apply_rotary_emb
 
 OTHER_NAMES = {ours: other for other, ours in ATTENTION_NAMES.items()}  # compute_query -> wq, ...
 
@@ -30,9 +30,19 @@ OTHER_NAMES = {ours: other for other, ours in ATTENTION_NAMES.items()}  # comput
 def find(student: Student, module: str, *names: str) -> Any:
     """Return the first of some names that a student's module defines.
 
+    If the folder's `rope.py` cannot be imported, or lacks what the others import, ours takes its
+    place in them.
+
     Raises:
         AdaptError: it defines none of them.
     """
+    if module in ("llama", "classifier"):
+        try:
+            is_usable = hasattr(student.module("rope"), "apply_rotary_emb")
+        except StudentError:
+            is_usable = False
+        if not is_usable:
+            student.stand_in("rope", rope)
     found = student.module(module)
     for name in names:
         if hasattr(found, name):
@@ -131,6 +141,17 @@ def with_weights(theirs: nn.Module, ours: nn.Module) -> nn.Module:
     return theirs.train(ours.training)
 
 
+def refuse_unwritten(function: object, x: Tensor) -> None:
+    """Raise NotImplementedError if a helper of a student's part returns None."""
+    if inspect.isroutine(function):
+        try:
+            result = function(x)
+        except Exception:
+            return  # the part itself will show it
+        if result is None:
+            raise NotImplementedError(f"{function.__name__} returns None")
+
+
 def submodule(module: nn.Module, name: str) -> nn.Module:
     """Return a module's submodule; raises AdaptError if there is none."""
     found = getattr(module, name, None)
@@ -160,12 +181,15 @@ def replaced(module: ModuleType, original: object, stand_in: object) -> Iterator
 @contextmanager
 def our_rope(student: Student, config: LlamaConfig) -> Iterator[None]:
     """Let a student's modules call our `apply_rotary_emb`, for a while."""
-    original = getattr(student.module("rope"), "apply_rotary_emb", None)
+    try:
+        original = getattr(student.module("rope"), "apply_rotary_emb", None)
+    except StudentError:
+        original = None  # ours is there already
 
     def rotate(query: Tensor, key: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
         theta = options.get("theta", args[2] if len(args) > 2 else None)
         theta = theta if isinstance(theta, int | float) else 10000.0
-        return apply_rotary_emb(query, key, query.shape[-1], config.max_seq_len, theta)
+        return rope.apply_rotary_emb(query, key, query.shape[-1], config.max_seq_len, theta)
 
     if original is None:
         yield

@@ -56,7 +56,9 @@ class Student:
         self.is_importing = False
         self._failures = dict(failures or {})
         self._on_import = on_import
-        self._modules: dict[str, ModuleType] = {}  # the folder's, and stand-ins
+        # The folder's, and stand-ins for packages that are absent.
+        self._modules: dict[str, ModuleType] = {}
+        self._stand_ins: dict[str, ModuleType] = {}  # for modules of the folder
         self._are_ours_hidden = False
 
     def module(self, name: str) -> ModuleType:
@@ -80,6 +82,14 @@ class Student:
             finally:
                 self._on_import("")
                 self.is_importing = outer
+
+    def stand_in(self, name: str, module: ModuleType) -> None:
+        """Let the folder's other modules import this module instead of the folder's own."""
+        if self._are_ours_hidden and name in sys.modules and name not in self._stand_ins:
+            self._modules[name] = sys.modules[name]  # `module` still returns the folder's
+        self._stand_ins[name] = module
+        if self._are_ours_hidden:
+            sys.modules[name] = module
 
     def _import(self, name: str) -> ModuleType:
         """Import a module of the folder; packages turn out to be absent one by one."""
@@ -105,6 +115,7 @@ class Student:
         path = sys.path.copy()
         finder = _Finder(self)
         sys.modules.update(self._modules)
+        sys.modules.update(self._stand_ins)
         sys.path.insert(0, str(self.folder))
         sys.meta_path.insert(0, finder)
         self._are_ours_hidden = True
@@ -115,7 +126,11 @@ class Student:
             sys.meta_path[:] = [other for other in sys.meta_path if other is not finder]
             sys.path[:] = path
             sys.path_importer_cache.pop(str(self.folder), None)
-            self._modules = _take_modules(folder_names | self.absent)
+            found = _take_modules(folder_names | self.absent)
+            for name in self._stand_ins:
+                del found[name]
+            own = {name: self._modules[name] for name in self._stand_ins if name in self._modules}
+            self._modules = found | own
             sys.modules.update(hidden)
 
     def _folder_names(self) -> set[str]:

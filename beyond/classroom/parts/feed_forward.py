@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from beyond.classroom.adapters import make_feed_forward
+from beyond.classroom.adapters import make_feed_forward, refuse_unwritten
 from beyond.classroom.part import Observations, Observed, Part, Variant, expect_tensor
 from beyond.classroom.parts.probes import dropout_pattern, entry, fill, normal
 from beyond.classroom.student import Student
@@ -36,7 +37,12 @@ def observe(build: Build) -> Observations:
 
 
 def adapt(student: Student) -> Build:
-    return lambda ours, config: make_feed_forward(student, ours, config)
+    def build(ours: FeedForward, config: LlamaConfig) -> nn.Module:
+        theirs = make_feed_forward(student, ours, config)
+        refuse_unwritten(getattr(theirs, "SwiGLU", None), torch.ones(1, 1, config.dim))
+        return theirs
+
+    return build
 
 
 # --------------------------------------------------------------------- wrong variants

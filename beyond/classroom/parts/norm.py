@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from beyond.classroom.adapters import make_norm
+from beyond.classroom.adapters import make_norm, refuse_unwritten
 from beyond.classroom.part import Observations, Observed, Part, Variant, expect_tensor
 from beyond.classroom.parts.probes import FAILED, attempt, entry, normal
 from beyond.classroom.student import Student
@@ -47,7 +47,13 @@ def observe(build: Build) -> Observations:
 
 
 def adapt(student: Student) -> Build:
-    return lambda ours: make_norm(student, ours)
+    def build(ours: RMSNorm) -> nn.Module:
+        theirs = make_norm(student, ours)
+        for name in ("_norm", "norm"):
+            refuse_unwritten(getattr(theirs, name, None), torch.ones(1, 1, DIM))
+        return theirs
+
+    return build
 
 
 # --------------------------------------------------------------------- wrong variants

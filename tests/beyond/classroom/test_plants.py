@@ -13,10 +13,9 @@ import pytest
 from beyond.classroom.part import Finding, Part, examine
 from beyond.classroom.parts import PARTS
 from beyond.classroom.student import Student
-from tests.beyond.classroom.planting import Plant, sources, write, write_planted
+from tests.beyond.classroom.planting import MODEL, Plant, sources, write, write_planted
 from tests.beyond.classroom.plants import PLANTS
 
-MODEL = {"rope", "RMSNorm", "attention scores", "attention", "SwiGLU", "layer", "Llama.forward"}
 MODEL_PARTS = tuple(part for part in PARTS if part.name in MODEL)
 
 
