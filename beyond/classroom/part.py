@@ -60,6 +60,7 @@ class Part:
     variants: tuple[Variant, ...]
     observe: Callable[[Subject], Observations]
     adapt: Callable[[Student], Subject]  # the student's part, with what it calls replaced by ours
+    combine: Callable[..., Subject] | None = None  # makes a variant of the changes of two
 
 
 Status = Literal["ok", "todo", "mistake", "edition", "unknown", "error"]
@@ -102,22 +103,15 @@ def examine(part: Part, student: Student) -> Finding:
 def judge(part: Part, found: Observations) -> Finding:
     """Compare what was observed with our own part, with each variant, and with pairs of them."""
     ours = expected_of(part)
-    differing = disagreement(found, ours)
-    if not differing:
+    if not disagreement(found, ours):
         return Finding(part.name, "ok")
     variants = variants_of(part)
     for mistake, outcome in variants:
         if not disagreement(found, outcome):
             return _finding(part, (mistake,))
-    # A pair is recognised if the two show in different probes.
-    matching = [
-        (changed, mistake)
-        for mistake, outcome in variants
-        if not (changed := disagreement(outcome, ours)) & disagreement(found, outcome)
-    ]
-    for (first, mistake), (second, other) in combinations(matching, 2):
-        if not first & second and first | second == differing:
-            return _finding(part, (mistake, other))
+    pair = _find_pair(part, found) or _find_combination(part, found)
+    if pair:
+        return _finding(part, pair)
     text = f"wrong in a way that is not in the catalogue: {difference(found, ours)[2]}"
     ranked = [
         (len(disagreement(found, outcome)), difference(found, outcome)[0], mistake.name)
@@ -127,6 +121,43 @@ def judge(part: Part, found: Observations) -> Finding:
         agreeing = f"{len(found) - closest[0]} of {len(found)}"
         text += f"; closest: {closest[2]} (the same in {agreeing} probes)"
     return Finding(part.name, "unknown", text)
+
+
+def _find_pair(part: Part, found: Observations) -> tuple[Mistake, Mistake] | None:
+    """Find two mistakes that show in different probes, and together explain all that differs."""
+    ours = expected_of(part)
+    differing = disagreement(found, ours)
+    matching = [
+        (changed, mistake)
+        for mistake, outcome in variants_of(part)
+        if not (changed := disagreement(outcome, ours)) & disagreement(found, outcome)
+    ]
+    for (first, mistake), (second, other) in combinations(matching, 2):
+        if not first & second and first | second == differing:
+            return mistake, other
+    return None
+
+
+def _find_combination(part: Part, found: Observations) -> tuple[Mistake, Mistake] | None:
+    """Find two mistakes of different steps that together give what was observed."""
+    if part.combine is None:
+        return None
+    changed = [
+        (variant.mistake, subject.changes)
+        for variant in part.variants
+        for subject in (variant.subject, *variant.others)
+        if hasattr(subject, "changes")
+    ]
+    for (mistake, changes), (other, more) in combinations(changed, 2):
+        if changes.keys() & more.keys():
+            continue
+        try:
+            outcome = observe_seeded(part, part.combine(**changes, **more))
+        except Exception:
+            continue  # the two do not go together
+        if not disagreement(found, outcome):
+            return mistake, other
+    return None
 
 
 def _finding(part: Part, mistakes: tuple[Mistake, ...]) -> Finding:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from beyond.classroom.adapters import make_attention, our_rope
 from beyond.classroom.part import Observations, Observed, Part, expect_tensor
-from beyond.classroom.parts.attention_mistakes import VARIANTS, WHERE, Build, average
+from beyond.classroom.parts.attention_mistakes import VARIANTS, WHERE, Build, average, variant
 from beyond.classroom.parts.probes import attempt, dropout_pattern, fill, normal
 from beyond.classroom.student import Student
 from config import LlamaConfig
@@ -64,4 +64,4 @@ def adapt(student: Student) -> Build:
     return build
 
 
-PART = Part("attention", WHERE, isolate, VARIANTS, observe, adapt)
+PART = Part("attention", WHERE, isolate, VARIANTS, observe, adapt, variant)

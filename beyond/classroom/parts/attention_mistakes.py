@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from beyond.classroom.part import Variant
-from beyond.classroom.parts.probes import entry
+from beyond.classroom.parts.probes import entry, keep_changes
 from llama import Attention
 from rope import apply_rotary_emb
 
@@ -71,6 +71,7 @@ def drop_input(ours: Attention, output: Tensor, x: Tensor) -> Tensor:
     return ours.compute_output(ours.resid_dropout(output))
 
 
+@keep_changes
 def variant(
     project: Callable[[Attention, Tensor], tuple[Tensor, Tensor, Tensor]] = project,
     rotate: Callable[[Attention, Tensor, Tensor], Pair] = rotate,

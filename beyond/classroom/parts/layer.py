@@ -6,7 +6,7 @@ from torch import Tensor
 
 from beyond.classroom.adapters import make_layer
 from beyond.classroom.part import Observations, Observed, Part, Variant, expect_tensor
-from beyond.classroom.parts.probes import entry, fill, normal
+from beyond.classroom.parts.probes import entry, fill, keep_changes, normal
 from beyond.classroom.student import Student
 from config import LlamaConfig
 from llama import LlamaLayer
@@ -29,216 +29,200 @@ def adapt(student: Student) -> Build:
 
 # --------------------------------------------------------------------- wrong variants
 
-Formula = Callable[[LlamaLayer, Tensor], Tensor]
 MISREAD = (
     "Two lines are the whole layer: h = x + attention(attention_norm(x)), then "
     "h + feed_forward(ffn_norm(h))."
 )
 
 
-def formula(compute: Formula) -> Build:
-    return lambda ours, config: lambda x: compute(ours, x)
+class State:
+    """The values of one run: x, n, a and h of the first half, m, f and y of the second."""
+
+    x: Tensor
+    n: Tensor  # what the attention is fed
+    a: Tensor  # its output
+    h: Tensor
+    m: Tensor  # what the feed-forward network is fed
+    f: Tensor  # its output
+    y: Tensor
+
+    def __init__(self, layer: LlamaLayer, x: Tensor) -> None:
+        self.x = x
+        self.attention_norm, self.ffn_norm = layer.attention_norm, layer.ffn_norm
 
 
-def attend(layer: LlamaLayer, x: Tensor) -> Tensor:
-    """Compute the first half, as it is right."""
-    return x + layer.attention(layer.attention_norm(x))
+Step = Callable[[State], Tensor]
 
 
-def feed(layer: LlamaLayer, h: Tensor) -> Tensor:
-    """Compute the second half, as it is right."""
-    return h + layer.feed_forward(layer.ffn_norm(h))
+@keep_changes
+def variant(
+    first_input: Step = lambda s: s.attention_norm(s.x),
+    first_sum: Step = lambda s: s.x + s.a,
+    second_input: Step = lambda s: s.ffn_norm(s.h),
+    second_sum: Step = lambda s: s.h + s.f,
+    finish: Step = lambda s: s.y,
+) -> Build:
+    """Make a layer with one step changed; by default it is right."""
+
+    def build(layer: LlamaLayer, config: LlamaConfig) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            s = State(layer, x)
+            s.n = first_input(s)
+            s.a = layer.attention(s.n)
+            s.h = first_sum(s)
+            s.m = second_input(s)
+            s.f = layer.feed_forward(s.m)
+            s.y = second_sum(s)
+            return finish(s)
+
+        return forward
+
+    return build
 
 
-def post_norm(layer: LlamaLayer, x: Tensor) -> Tensor:
-    h = layer.attention_norm(x + layer.attention(x))
-    return layer.ffn_norm(h + layer.feed_forward(h))
+def feed_first(layer: LlamaLayer, config: LlamaConfig) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        h = x + layer.feed_forward(layer.ffn_norm(x))
+        return h + layer.attention(layer.attention_norm(h))
 
-
-def branch_norms(layer: LlamaLayer, x: Tensor) -> Tensor:
-    h = x + layer.attention_norm(layer.attention(x))
-    return h + layer.ffn_norm(layer.feed_forward(h))
-
-
-def swapped_norms(layer: LlamaLayer, x: Tensor) -> Tensor:
-    h = x + layer.attention(layer.ffn_norm(x))
-    return h + layer.feed_forward(layer.attention_norm(h))
-
-
-def attention_norm_twice(layer: LlamaLayer, x: Tensor) -> Tensor:
-    h = attend(layer, x)
-    return h + layer.feed_forward(layer.attention_norm(h))
-
-
-def no_second_norm(layer: LlamaLayer, x: Tensor) -> Tensor:
-    h = attend(layer, x)
-    return h + layer.feed_forward(h)
-
-
-def without_stream(layer: LlamaLayer, x: Tensor) -> Tensor:
-    attended = layer.attention(layer.attention_norm(x))
-    return x + attended + layer.feed_forward(layer.ffn_norm(attended))
-
-
-def normalized_output(layer: LlamaLayer, x: Tensor) -> Tensor:
-    h = first_from_normalized(layer, x)
-    return layer.ffn_norm(h + layer.feed_forward(layer.attention_norm(h)))
-
-
-def no_norms(layer: LlamaLayer, x: Tensor) -> Tensor:
-    h = x + layer.attention(x)
-    return h + layer.feed_forward(h)
-
-
-def no_residuals(layer: LlamaLayer, x: Tensor) -> Tensor:
-    return layer.feed_forward(layer.ffn_norm(layer.attention(layer.attention_norm(x))))
-
-
-def first_from_normalized(layer: LlamaLayer, x: Tensor) -> Tensor:
-    x = layer.attention_norm(x)
-    return x + layer.attention(x)
-
-
-def second_from_normalized(layer: LlamaLayer, h: Tensor) -> Tensor:
-    h = layer.ffn_norm(h)
-    return h + layer.feed_forward(h)
-
-
-def output_residual(layer: LlamaLayer, x: Tensor) -> Tensor:
-    attended = layer.attention(layer.attention_norm(x))
-    return attended + layer.feed_forward(layer.ffn_norm(x + attended))
-
-
-def parallel(layer: LlamaLayer, x: Tensor) -> Tensor:
-    return attend(layer, x) + layer.feed_forward(layer.ffn_norm(x))
-
-
-def parallel_one_norm(layer: LlamaLayer, x: Tensor) -> Tensor:
-    return attend(layer, x) + layer.feed_forward(layer.attention_norm(x))
+    return forward
 
 
 VARIANTS: tuple[Variant, ...] = tuple(
-    entry(formula(compute), WHERE, name, why)
-    for compute, name, why in (
+    entry(subject, WHERE, name, why)
+    for subject, name, why in (
         (
-            post_norm,
+            variant(
+                lambda s: s.x,
+                lambda s: s.attention_norm(s.x + s.a),
+                lambda s: s.h,
+                lambda s: s.ffn_norm(s.h + s.f),
+            ),
             "norm after the residual connection (post-norm)",
             "That is the block of the original Transformer. Llama normalises what goes into "
             "attention and feed-forward network, and never the residual stream itself.",
         ),
         (
-            branch_norms,
+            variant(
+                lambda s: s.x,
+                lambda s: s.x + s.attention_norm(s.a),
+                lambda s: s.h,
+                lambda s: s.h + s.ffn_norm(s.f),
+            ),
             "norms after attention and feed-forward network",
             "The norms belong before them: attention(attention_norm(x)), and "
             "feed_forward(ffn_norm(h)).",
         ),
         (
-            no_norms,
+            variant(first_input=lambda s: s.x, second_input=lambda s: s.h),
             "no norms",
             "Neither attention_norm nor ffn_norm is applied. " + MISREAD,
         ),
         (
-            lambda layer, x: feed(layer, x + layer.attention(x)),
+            variant(first_input=lambda s: s.x),
             "no norm before the attention",
             "The attention is fed the residual stream as it is. " + MISREAD,
         ),
         (
-            no_second_norm,
+            variant(second_input=lambda s: s.h),
             "no norm before the feed-forward network",
             "The feed-forward network is fed the residual stream as it is. " + MISREAD,
         ),
         (
-            attention_norm_twice,
+            variant(second_input=lambda s: s.attention_norm(s.h)),
             "attention_norm used twice",
             "The feed-forward network has a norm of its own, ffn_norm. In a new model both are the "
             "same; a trained checkpoint shows the difference.",
         ),
         (
-            lambda layer, x: feed(layer, x + layer.attention(layer.ffn_norm(x))),
+            variant(first_input=lambda s: s.ffn_norm(s.x)),
             "ffn_norm used twice",
             "The attention has a norm of its own, attention_norm. In a new model both are the "
             "same; a trained checkpoint shows the difference.",
         ),
         (
-            swapped_norms,
+            variant(
+                first_input=lambda s: s.ffn_norm(s.x),
+                second_input=lambda s: s.attention_norm(s.h),
+            ),
             "the two norms swapped",
             "attention_norm comes before the attention, ffn_norm before the feed-forward network. "
             "In a new model both are the same; a trained checkpoint shows the difference.",
         ),
         (
-            lambda layer, x: feed(layer, layer.attention(layer.attention_norm(x))),
+            variant(first_sum=lambda s: s.a),
             "no residual connection around the attention",
             "The input x is not added to the attention's output. " + MISREAD,
         ),
         (
-            lambda layer, x: layer.feed_forward(layer.ffn_norm(attend(layer, x))),
+            variant(second_sum=lambda s: s.f),
             "no residual connection around the feed-forward network",
             "h is not added to the feed-forward network's output. " + MISREAD,
         ),
         (
-            no_residuals,
+            variant(first_sum=lambda s: s.a, second_sum=lambda s: s.f),
             "no residual connections",
             "Neither x nor h is added. " + MISREAD,
         ),
         (
-            lambda layer, x: x + layer.feed_forward(layer.ffn_norm(attend(layer, x))),
+            variant(second_sum=lambda s: s.x + s.f),
             "second residual connection from the layer's input",
             "x is added at the end instead of h, so the attention's output is lost from the "
             "residual stream. " + MISREAD,
         ),
         (
-            lambda layer, x: x + feed(layer, attend(layer, x)),
+            variant(second_sum=lambda s: s.x + s.h + s.f),
             "input added twice",
             "x is part of h already. " + MISREAD,
         ),
         (
-            output_residual,
+            variant(second_sum=lambda s: s.a + s.f),
             "second residual connection from the attention's output",
             "The attention's output is added at the end without x. " + MISREAD,
         ),
         (
-            lambda layer, x: feed(layer, first_from_normalized(layer, x)),
+            variant(first_sum=lambda s: s.n + s.a),
             "first residual connection from the normalized input",
             "attention_norm(x) is added instead of x. Keep x as it is. " + MISREAD,
         ),
         (
-            lambda layer, x: second_from_normalized(layer, attend(layer, x)),
+            variant(second_sum=lambda s: s.m + s.f),
             "second residual connection from the normalized input",
             "ffn_norm(h) is added instead of h. Keep h as it is. " + MISREAD,
         ),
         (
-            lambda layer, x: second_from_normalized(layer, first_from_normalized(layer, x)),
+            variant(first_sum=lambda s: s.n + s.a, second_sum=lambda s: s.m + s.f),
             "both residual connections from the normalized input",
             "The norms' outputs are added instead of x and h. " + MISREAD,
         ),
         (
-            without_stream,
+            variant(second_input=lambda s: s.ffn_norm(s.a)),
             "feed-forward network without the residual stream",
             "ffn_norm is applied to the attention's output alone, without x. " + MISREAD,
         ),
         (
-            parallel,
+            variant(second_input=lambda s: s.ffn_norm(s.x)),
             "attention and feed-forward network in parallel",
             "The feed-forward network is fed the layer's input instead of h, as in GPT-J and PaLM. "
             + MISREAD,
         ),
         (
-            parallel_one_norm,
+            variant(second_input=lambda s: s.n),
             "attention and feed-forward network in parallel, with one norm",
             "The feed-forward network is fed the normalized input of the attention. " + MISREAD,
         ),
         (
-            lambda layer, x: attend(layer, feed(layer, x)),
+            feed_first,
             "feed-forward network before the attention",
             "The attention comes first. " + MISREAD,
         ),
         (
-            attend,
+            variant(second_sum=lambda s: s.h),
             "no feed-forward network",
             "Only the first half is computed. " + MISREAD,
         ),
         (
-            feed,
+            variant(first_sum=lambda s: s.x),
             "no attention",
             "Only the second half is computed. " + MISREAD,
         ),
@@ -246,7 +230,17 @@ VARIANTS: tuple[Variant, ...] = tuple(
 )
 VARIANTS += (
     entry(
-        formula(normalized_output),
+        variant(finish=lambda s: s.ffn_norm(s.y)),
+        WHERE,
+        "ffn_norm applied to the layer's output too",
+        "The residual stream itself is never normalised. " + MISREAD,
+    ),
+    entry(
+        variant(
+            first_sum=lambda s: s.n + s.a,
+            second_input=lambda s: s.attention_norm(s.h),
+            finish=lambda s: s.ffn_norm(s.y),
+        ),
         WHERE,
         "ffn_norm applied to the layer's output, attention_norm to the rest",
         "The input is replaced by its norm, the feed-forward network gets attention_norm instead "
@@ -255,4 +249,4 @@ VARIANTS += (
     ),
 )
 
-PART = Part("layer", WHERE, lambda ours, config: ours, VARIANTS, observe, adapt)
+PART = Part("layer", WHERE, lambda ours, config: ours, VARIANTS, observe, adapt, variant)

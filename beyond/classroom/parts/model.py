@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from beyond.classroom.adapters import make_model
 from beyond.classroom.part import AdaptError, Observations, Observed, Part, expect_tensor
-from beyond.classroom.parts.model_mistakes import VARIANTS, WHERE, Build, Forward
+from beyond.classroom.parts.model_mistakes import VARIANTS, WHERE, Build, Forward, variant
 from beyond.classroom.parts.probes import dropout_pattern, fill
 from beyond.classroom.student import Student
 from config import LlamaConfig
@@ -74,4 +74,4 @@ def adapt(student: Student) -> Build:
     return lambda ours: make_model(student, ours)
 
 
-PART = Part("Llama.forward", WHERE, lambda model: model, VARIANTS, observe, adapt)
+PART = Part("Llama.forward", WHERE, lambda model: model, VARIANTS, observe, adapt, variant)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from beyond.classroom.part import Variant
-from beyond.classroom.parts.probes import entry
+from beyond.classroom.parts.probes import entry, keep_changes
 from llama import Llama
 
 WHERE = "llama.py, Llama.forward"
@@ -27,6 +27,7 @@ def run_layers(model: Llama, h: Tensor) -> Tensor:
     return h
 
 
+@keep_changes
 def variant(
     embed: Step = embed,
     run_layers: Step = run_layers,

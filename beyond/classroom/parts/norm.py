@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from beyond.classroom.adapters import make_norm, refuse_unwritten
 from beyond.classroom.part import Observations, Observed, Part, Variant, expect_tensor
-from beyond.classroom.parts.probes import FAILED, attempt, entry, normal
+from beyond.classroom.parts.probes import FAILED, attempt, entry, keep_changes, normal
 from beyond.classroom.student import Student
 from llama import RMSNorm
 
 DIM = 8
 Build = Callable[[RMSNorm], Callable[[Tensor], Tensor]]  # an implementation with this one's gain
-where = "llama.py, RMSNorm"
+WHERE = "llama.py, RMSNorm"
 
 
 def observe(build: Build) -> Observations:
@@ -63,30 +63,32 @@ def mean(x: Tensor) -> Tensor:
     return x.mean(dim=-1, keepdim=True)
 
 
-def norm(formula: Callable[[Tensor, float], Tensor]) -> Build:
-    """Make a norm of another formula of x, in float32, and eps; the gain is applied."""
-    return lambda ours: lambda x: formula(x.float(), ours.eps).type_as(x) * ours.weight
+def variance(x: Tensor, correction: int = 0) -> Tensor:
+    return x.var(dim=-1, keepdim=True, correction=correction)
 
 
-def gain(formula: Callable[[Tensor, Tensor], Tensor]) -> Build:
-    """Make a norm that applies the gain in another way."""
-    return lambda ours: lambda x: formula(ours.norm(x.float()).type_as(x), ours.weight)
+@keep_changes
+def variant(
+    center: Callable[[Tensor], Tensor] = lambda x: x,
+    moment: Callable[[Tensor], Tensor] = lambda x: mean(x.pow(2)),
+    root: Callable[[Tensor, float], Tensor] = lambda moment, eps: (moment + eps).sqrt(),
+    gain: Callable[[Tensor, Tensor], Tensor] = lambda x, weight: x * weight,
+    cast: Callable[[Tensor], Tensor] = lambda x: x.float(),
+) -> Build:
+    """Make gain(center(x) / root(moment(x))) with one step changed; by default it is right."""
+
+    def build(ours: RMSNorm) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            y = cast(x)
+            return gain((center(y) / root(moment(y), ours.eps)).type_as(x), ours.weight)
+
+        return forward
+
+    return build
 
 
-def half_sums(ours: RMSNorm) -> Callable[[Tensor], Tensor]:
-    return lambda x: ours.norm(x) * ours.weight
-
-
-def length_and_gain_twice(ours: RMSNorm) -> Callable[[Tensor], Tensor]:
-    def forward(x: Tensor) -> Tensor:
-        length = x.float().norm(dim=-1, keepdim=True)
-        return (x.float() * ours.weight / (length + ours.eps)).type_as(x) * ours.weight
-
-    return forward
-
-
-def layer_norm(x: Tensor, eps: float) -> Tensor:
-    return (x - mean(x)) / (x.var(dim=-1, keepdim=True, correction=0) + eps).sqrt()
+def subtract_mean(x: Tensor) -> Tensor:
+    return x - mean(x)
 
 
 class LayerNorm(nn.Module):
@@ -97,7 +99,7 @@ class LayerNorm(nn.Module):
         self.ours = ours
 
     def forward(self, x: Tensor) -> Tensor:
-        return norm(layer_norm)(self.ours)(x)
+        return variant(subtract_mean, variance)(self.ours)(x)
 
 
 def torch_layer_norm(ours: RMSNorm) -> nn.Module:
@@ -109,7 +111,7 @@ def torch_layer_norm(ours: RMSNorm) -> nn.Module:
 VARIANTS: tuple[Variant, ...] = (
     entry(
         LayerNorm,
-        where,
+        WHERE,
         "LayerNorm instead of RMSNorm",
         "The mean is subtracted, as in the editions of Fall 2025 and Spring 2026, where the class "
         "is called LayerNorm. In the other editions the norm is RMSNorm: "
@@ -119,143 +121,147 @@ VARIANTS: tuple[Variant, ...] = (
         others=(torch_layer_norm,),
     ),
     entry(
-        norm(layer_norm),
-        where,
+        variant(subtract_mean, variance),
+        WHERE,
         "subtracts the mean",
         "RMSNorm does not center: it divides x itself by sqrt(mean(x^2) + eps). What subtracts the "
         "mean and divides by the standard deviation is LayerNorm.",
     ),
     entry(
-        norm(lambda x, eps: (x - mean(x)) / (mean(x.pow(2)) + eps).sqrt()),
-        where,
+        variant(center=subtract_mean),
+        WHERE,
         "subtracts the mean before dividing by the root mean square",
         "RMSNorm divides x itself; nothing is subtracted.",
     ),
     entry(
-        norm(lambda x, eps: x / (x.var(dim=-1, keepdim=True, correction=0) + eps).sqrt()),
-        where,
+        variant(moment=variance),
+        WHERE,
         "divides by the standard deviation",
         "The variance subtracts the mean; the mean square does not. "
         "Use x.pow(2).mean(-1, keepdim=True).",
     ),
     entry(
-        norm(lambda x, eps: x / (x.var(dim=-1, keepdim=True) + eps).sqrt()),
-        where,
+        variant(moment=lambda x: variance(x, 1)),
+        WHERE,
         "divides by the standard deviation, over dim - 1",
         "torch.var subtracts the mean and divides by dim - 1. Use x.pow(2).mean(-1, keepdim=True).",
     ),
     entry(
-        norm(lambda x, eps: (x - mean(x)) / (x.var(dim=-1, keepdim=True) + eps).sqrt()),
-        where,
+        variant(subtract_mean, lambda x: variance(x, 1)),
+        WHERE,
         "LayerNorm that divides by dim - 1",
         "torch.var and torch.std divide by dim - 1 unless unbiased=False. RMSNorm needs neither: "
         "it divides x by sqrt(mean(x^2) + eps).",
     ),
     entry(
-        norm(lambda x, eps: x / (x.pow(2).mean() + eps).sqrt()),
-        where,
+        variant(moment=lambda x: x.pow(2).mean()),
+        WHERE,
         "mean over the whole tensor",
         "The mean is taken over all tokens of the batch, so a token's value depends on the others "
         "and on the padding. Take it over the last axis: mean(-1, keepdim=True).",
         "madflytep/minllama-assignment: SST dev .359 instead of .414",
     ),
     entry(
-        norm(lambda x, eps: x / (x.pow(2).mean(dim=1, keepdim=True) + eps).sqrt()),
-        where,
+        variant(moment=lambda x: x.pow(2).mean(dim=1, keepdim=True)),
+        WHERE,
         "mean over the sequence",
         "The mean is taken over the positions (axis 1). Take it over the features: "
         "mean(-1, keepdim=True).",
     ),
     entry(
-        norm(lambda x, eps: x / (x.pow(2).sum(dim=-1, keepdim=True) + eps).sqrt()),
-        where,
+        variant(moment=lambda x: x.pow(2).sum(dim=-1, keepdim=True)),
+        WHERE,
         "sum instead of mean",
         "The vector gets length 1 instead of a root mean square of 1, so it is too small by the "
         "root of dim. Take the mean of the squares.",
     ),
     entry(
-        length_and_gain_twice,
-        where,
+        variant(
+            moment=lambda x: x.pow(2).sum(dim=-1, keepdim=True),
+            root=lambda moment, eps: moment.sqrt() + eps,
+            gain=lambda x, weight: x * weight * weight,
+        ),
+        WHERE,
         "divides by the length and applies the gain twice",
         "x is divided by the root of the sum of its squares instead of their mean, with eps added "
         "to the root, and _norm multiplies by the weight, which forward does again.",
         "alpotekhin/minllama-assignment",
     ),
     entry(
-        norm(lambda x, eps: x / (mean(x.pow(2)) + eps)),
-        where,
+        variant(root=lambda moment, eps: moment + eps),
+        WHERE,
         "no square root",
         "x is divided by the mean square instead of its root.",
     ),
     entry(
-        norm(lambda x, eps: x * (mean(x.pow(2)) + eps).sqrt()),
-        where,
+        variant(root=lambda moment, eps: 1 / (moment + eps).sqrt()),
+        WHERE,
         "multiplies by the root instead of dividing",
         "The formula is x / sqrt(mean(x^2) + eps); torch.rsqrt gives the reciprocal of the root.",
     ),
     entry(
-        norm(lambda x, eps: x / (mean(x.abs()) + eps)),
-        where,
+        variant(moment=lambda x: mean(x.abs()), root=lambda moment, eps: moment + eps),
+        WHERE,
         "mean of absolute values instead of the root mean square",
         "Square, take the mean, then the root.",
     ),
     entry(
-        norm(lambda x, eps: x / (mean(x).pow(2) + eps).sqrt()),
-        where,
+        variant(moment=lambda x: mean(x).pow(2)),
+        WHERE,
         "square of the mean instead of mean of the squares",
         "Square first, then take the mean.",
     ),
     entry(
-        norm(lambda x, eps: x / (mean(x.pow(2)).sqrt() + eps)),
-        where,
+        variant(root=lambda moment, eps: moment.sqrt() + eps),
+        WHERE,
         "eps outside the root",
         "eps belongs inside the root: sqrt(mean(x^2) + eps). Outside it hardly counts, and the "
         "course's reference values differ where a vector is small.",
     ),
     entry(
-        norm(lambda x, eps: x * mean(x.pow(2)).rsqrt()),
-        where,
+        variant(root=lambda moment, eps: moment.sqrt()),
+        WHERE,
         "no eps",
         "A vector of zeros gives 0 / 0 = NaN. Add eps inside the root.",
     ),
     entry(
-        norm(lambda x, eps: x * (mean(x.pow(2)) + 1e-6).rsqrt()),
-        where,
+        variant(root=lambda moment, eps: (moment + 1e-6).sqrt()),
+        WHERE,
         "ignores the argument eps",
         "A fixed small number takes its place. Use self.eps; the course's checkpoint has 1e-5.",
     ),
     entry(
-        gain(lambda x, weight: x),
-        where,
+        variant(gain=lambda x, weight: x),
+        WHERE,
         "no gain",
         "The learned weight is not applied. It is all ones in a new model, so only a trained "
         "checkpoint shows it. Multiply by self.weight.",
     ),
     entry(
-        gain(lambda x, weight: x * weight * weight),
-        where,
+        variant(gain=lambda x, weight: x * weight * weight),
+        WHERE,
         "gain applied twice",
         "_norm only normalises; forward multiplies by self.weight. One of the two is too many.",
     ),
     entry(
-        gain(lambda x, weight: x * (1 + weight)),
-        where,
+        variant(gain=lambda x, weight: x * (1 + weight)),
+        WHERE,
         "gain of 1 + weight",
         "Gemma stores the gain minus one; Llama multiplies by the weight itself.",
     ),
     entry(
-        gain(lambda x, weight: x + weight),
-        where,
+        variant(gain=lambda x, weight: x + weight),
+        WHERE,
         "gain added instead of multiplied",
         "Multiply by self.weight.",
     ),
     entry(
-        half_sums,
-        where,
+        variant(cast=lambda x: x),
+        WHERE,
         "sums in half precision",
         "The squares are summed in the dtype of x. In float16 they overflow above 255, and the "
         "result is 0. Convert x to float32 first, and the result back.",
     ),
 )
 
-PART = Part("RMSNorm", where, lambda ours: ours, VARIANTS, observe, adapt)
+PART = Part("RMSNorm", WHERE, lambda ours: ours, VARIANTS, observe, adapt, variant)

@@ -1,6 +1,8 @@
 """Helpers of the probes: fixed inputs, weights, and the pattern of a dropout."""
 
+import inspect
 from collections.abc import Callable
+from functools import wraps
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +70,21 @@ def dropout_pattern(found: Tensor, kept: Tensor, rate: float, copies: int = 1) -
         bool(((blocks - blocks[..., :1, :]).abs() < 1e-3).all()),
     )
     return torch.tensor(marks, dtype=torch.float32)
+
+
+def keep_changes[**P](make: Callable[P, Subject]) -> Callable[P, Subject]:
+    """Let a function that makes variants of its arguments keep these with each of them.
+
+    So two variants that change different things can be combined.
+    """
+
+    @wraps(make)
+    def wrapper(*args: P.args, **changes: P.kwargs) -> Subject:
+        subject = make(*args, **changes)
+        subject.changes = inspect.signature(make).bind(*args, **changes).arguments
+        return subject
+
+    return wrapper
 
 
 def entry(

@@ -8,7 +8,7 @@ from beyond.classroom.adapters import find
 from beyond.classroom.part import AdaptError, Observations, Observed, Part, expect_tensor
 from beyond.classroom.parts.probes import FAILED, attempt, normal
 from beyond.classroom.parts.rope_mistakes import VARIANTS, WHERE
-from beyond.classroom.parts.rope_variants import MAX_SEQ_LEN, THETA, Rotate
+from beyond.classroom.parts.rope_variants import MAX_SEQ_LEN, THETA, Rotate, rotation
 from beyond.classroom.student import Student
 from rope import apply_rotary_emb
 
@@ -54,4 +54,4 @@ def adapt(student: Student) -> Rotate:
     return rotate
 
 
-PART = Part("rope", WHERE, apply_rotary_emb, VARIANTS, observe, adapt)
+PART = Part("rope", WHERE, apply_rotary_emb, VARIANTS, observe, adapt, rotation)

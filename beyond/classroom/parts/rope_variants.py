@@ -6,11 +6,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rope import apply_rotary_emb
+from beyond.classroom.parts.probes import keep_changes
 
 THETA, MAX_SEQ_LEN = 10000.0, 20  # of the probes
 Rotate = Callable[[Tensor, Tensor, int, int, float], tuple[Tensor, Tensor]]
 Angles = Callable[[int, int, float], Tensor]  # of (seq, head_dim, theta): (seq, head_dim / 2)
+# Of query, key, and both rotated.
+Result = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 Turn = Callable[[Tensor, Tensor], Tensor]  # of x (batch, seq, heads, head_dim) and the angles
 
 
@@ -105,27 +107,26 @@ def turn_along_query_heads(x: Tensor, angle: Tensor) -> Tensor:
     return turn_along_heads(x, angle)
 
 
-def rotation(turn: Turn = turn, angles: Angles = angles) -> Rotate:
-    """Make a function like `apply_rotary_emb`."""
+@keep_changes
+def rotation(
+    turn: Turn = turn,
+    angles: Angles = angles,
+    result: Result = lambda query, key, rotated, rotated_key: (rotated, rotated_key),
+) -> Rotate:
+    """Make a function like `apply_rotary_emb`, with one step changed; by default it is right."""
 
     def rotate(
         query: Tensor, key: Tensor, head_dim: int, max_seq_len: int, theta: float
     ) -> tuple[Tensor, Tensor]:
         angle = angles(query.shape[1], head_dim, theta)
-        return turn(query, angle), turn(key, angle)
+        return result(query, key, turn(query, angle), turn(key, angle))
 
     return rotate
 
 
-def after(change: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]) -> Rotate:
-    """Rotate, then return something else, of query, key, and both rotated."""
-
-    def rotate(
-        query: Tensor, key: Tensor, head_dim: int, max_seq_len: int, theta: float
-    ) -> tuple[Tensor, Tensor]:
-        return change(query, key, *apply_rotary_emb(query, key, head_dim, max_seq_len, theta))
-
-    return rotate
+def after(result: Result) -> Rotate:
+    """Rotate, then return something else."""
+    return rotation(result=result)
 
 
 def exponents(formula: Callable[[Tensor, int], Tensor]) -> Rotate:

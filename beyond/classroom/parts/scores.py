@@ -8,7 +8,7 @@ from torch import Tensor
 from beyond.classroom.adapters import is_course_style, make_attention, our_rope
 from beyond.classroom.part import Observations, Observed, Part, expect_tensor
 from beyond.classroom.parts.probes import dropout_pattern, fill, normal
-from beyond.classroom.parts.scores_mistakes import VARIANTS, WHERE, Build, Scores
+from beyond.classroom.parts.scores_mistakes import VARIANTS, WHERE, Build, Scores, variant
 from beyond.classroom.student import Student
 from config import LlamaConfig
 from llama import Attention
@@ -96,4 +96,5 @@ PART = Part(
     VARIANTS,
     observe,
     adapt,
+    variant,
 )

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from beyond.classroom.part import Variant
-from beyond.classroom.parts.probes import entry
+from beyond.classroom.parts.probes import entry, keep_changes
 from llama import Attention
 
 WHERE = "llama.py, Attention.compute_query_key_value_scores"
@@ -37,6 +37,7 @@ def keep(ours: Attention, x: Tensor) -> Tensor:
     return x
 
 
+@keep_changes
 def variant(
     divisor: Callable[[Attention], float] = root_of_head_dim,
     mask: Change = same,

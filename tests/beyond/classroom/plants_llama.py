@@ -133,6 +133,10 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (  # entry, and the body
         ),
     ),
     (
+        "ffn_norm applied to the layer's output too",
+        (FIRST, "return self.ffn_norm(h + self.feed_forward(self.ffn_norm(h)))"),
+    ),
+    (
         "attention and feed-forward network in parallel",
         (FIRST, "return h + self.feed_forward(self.ffn_norm(x))"),
     ),
