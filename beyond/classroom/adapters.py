@@ -100,6 +100,7 @@ def make_layer(student: Student, ours: llama.LlamaLayer, config: LlamaConfig) ->
     layer = with_weights(cls(ours.layer_id, make_config(student, config)), ours)
     for name in ("attention", "feed_forward", "attention_norm", "ffn_norm"):
         replace_forward(submodule(layer, name), submodule(ours, name))
+    vars(layer)["forward"] = with_nones(layer.forward, 1)
     return layer
 
 
@@ -139,6 +140,22 @@ def with_weights(theirs: nn.Module, ours: nn.Module) -> nn.Module:
         weights[found] = tensor
     theirs.load_state_dict(weights, strict=False)
     return theirs.train(ours.training)
+
+
+def with_nones(function: Callable[..., Any], count: int) -> Callable[..., Any]:
+    """Let a function be called with `count` arguments: others that it requires become None."""
+    required = [
+        parameter.name
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    ]
+
+    def call(*args: Any, **options: Any) -> Any:
+        missing = required[max(count, len(args)) :]
+        return function(*args, **{name: None for name in missing if name not in options}, **options)
+
+    return call
 
 
 def refuse_unwritten(function: object, x: Tensor) -> None:

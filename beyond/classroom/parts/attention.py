@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from beyond.classroom.adapters import make_attention, our_rope
+from beyond.classroom.adapters import make_attention, our_rope, with_nones
 from beyond.classroom.part import Observations, Observed, Part, expect_tensor
 from beyond.classroom.parts.attention_mistakes import VARIANTS, WHERE, Build, average, variant
 from beyond.classroom.parts.probes import attempt, dropout_pattern, fill, normal
@@ -52,7 +52,7 @@ def isolate(attention: nn.Module) -> nn.Module:
 def adapt(student: Student) -> Build:
     def build(ours: Attention) -> nn.Module:
         theirs = isolate(make_attention(student, ours))
-        forward = theirs.forward
+        forward = with_nones(theirs.forward, 1)
 
         def with_our_rope(x: Tensor) -> Tensor:
             with our_rope(student, ours.config):

@@ -1,11 +1,21 @@
 """The part `Attention.compute_query_key_value_scores`: its probes."""
 
-from typing import Any
+from collections.abc import Mapping
+from contextlib import suppress
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from beyond.classroom.adapters import is_course_style, make_attention, our_rope
+from beyond.classroom.adapters import (
+    find,
+    is_course_style,
+    make_attention,
+    make_config,
+    our_rope,
+    with_nones,
+)
 from beyond.classroom.part import Observations, Observed, Part, expect_tensor
 from beyond.classroom.parts.probes import dropout_pattern, fill, normal
 from beyond.classroom.parts.scores_mistakes import VARIANTS, WHERE, Build, Scores, variant
@@ -48,45 +58,60 @@ def observe(build: Build) -> Observations:
 
 
 def adapt(student: Student) -> Build:
-    """Return a student's function; keys and values are repeated before it, if its own are."""
+    """Return a student's function; it is given what the student's own modules give it."""
 
     def build(ours: Attention) -> Scores:
         theirs: Any = make_attention(student, ours)
-        repeats = ours.config.n_rep if expects_repeated(student) else 1
-        compute = theirs.compute_query_key_value_scores
+        compute = with_nones(theirs.compute_query_key_value_scores, 3)
 
         def scores(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            key, value = (t.repeat_interleave(repeats, dim=1) for t in (key, value))
-            return compute(query, key, value)
+            given = find_given(student, ours, *query.shape[::2])
+            if given.heads == query.shape[1]:
+                key, value = (t.repeat_interleave(ours.config.n_rep, dim=1) for t in (key, value))
+            return compute(query, key, value, *given.args, **given.options)
 
         return scores
 
     return build
 
 
-def expects_repeated(student: Student) -> bool:
-    """Return whether a student's `Attention.forward` repeats keys and values for all heads.
+class Given(NamedTuple):
+    """What a student's scores are given by the student's `Attention.forward`."""
 
-    It is run, and what it hands to `compute_query_key_value_scores` is looked at. If it cannot be
-    run, the dialect decides.
+    heads: int  # of keys and values
+    args: tuple[Any, ...] = ()  # besides query, key and value, such as a mask
+    options: Mapping[str, Any] = MappingProxyType({})
+
+
+def find_given(student: Student, ours: Attention, batch: int, seq: int) -> Given:
+    """Run a student's model, or else its attention alone, and see what its scores are given.
+
+    If neither can be run, the dialect decides, and nothing is given besides.
     """
-    config = LlamaConfig(n_kv_heads=3, **SIZES)
-    theirs = make_attention(student, fill(Attention(config), 0.1))
-    given: list[Tensor] = []
+    config = ours.config
+    found: list[Given] = []
 
-    def record(query: Tensor, key: Tensor, *_: object, **__: object) -> Tensor:
-        given.append(key)
+    def record(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
+        if key.dim() == 4 and key.shape[1] in (config.n_heads, config.n_kv_heads):
+            found.append(Given(key.shape[1], args, options))
         return query
 
-    vars(theirs)["compute_query_key_value_scores"] = record
-    try:
-        with our_rope(student, config):
-            theirs(normal(1, 5, 48, seed=1))
-    except Exception:
-        given.clear()
-    if given and given[0].dim() == 4 and given[0].shape[1] in (3, 6):
-        return given[0].shape[1] == 6
-    return is_course_style(student)
+    def run_model() -> None:
+        model = find(student, "llama", "Llama")(make_config(student, config))
+        vars(model.layers[0].attention)["compute_query_key_value_scores"] = record
+        model(torch.full((batch, seq), config.vocab_size - 1))
+
+    def run_attention() -> None:
+        attention = make_attention(student, ours)
+        vars(attention)["compute_query_key_value_scores"] = record
+        with_nones(attention.forward, 1)(normal(batch, seq, config.dim, seed=1))
+
+    for run in (run_model, run_attention):
+        with suppress(Exception), our_rope(student, config):  # other parts show their errors
+            run()
+        if found:
+            return found[0]
+    return Given(config.n_heads if is_course_style(student) else config.n_kv_heads)
 
 
 PART = Part(

@@ -262,6 +262,53 @@ def test_another_style_is_ok(
     assert examine_files(part, tmp_path, files) == ("ok", "")
 
 
+MASK = "mask = torch.full((tokens.shape[1], tokens.shape[1]), float('-inf')).triu(1)"
+SCORES_LINE = "scores = torch.matmul(query, key.transpose(-2, -1)) / math.sqrt(self.head_dim)"
+LOOP = "        for layer in self.layers:"
+CALL = "        output = self.compute_query"
+LAYER_START = "        attention_input = "
+
+
+@pytest.mark.parametrize("signature", ["mask", "mask=None"])
+@pytest.mark.parametrize("is_made_in_model", [True, False])
+def test_a_mask_that_is_handed_down_belongs_to_the_scores(
+    is_made_in_model: bool, signature: str, tmp_path: Path
+) -> None:
+    edits = [
+        ("scores(self, query, key, value)", f"scores(self, query, key, value, {signature})"),
+        ("scores(query, key, value)", "scores(query, key, value, mask)"),
+        (SCORES_LINE, SCORES_LINE + " + mask"),
+    ]
+    if is_made_in_model:
+        forward = "def forward(self, x):\n" + LAYER_START
+        edits += [
+            (LOOP, f"        {MASK}\n{LOOP}"),
+            ("h = layer(h)", "h = layer(h, mask)"),
+            (forward, forward.replace("x", f"x, {signature}")),
+            ("self.attention(attention_input)", "self.attention(attention_input, mask)"),
+            ("def forward(self, x: torch.Tensor):", f"def forward(self, x, {signature}):"),
+        ]
+    else:
+        edits.append((CALL, f"        {MASK.replace('tokens', 'x')}\n{CALL}"))
+    text = course.LLAMA
+    for old, new in edits:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    student = Student(write(tmp_path, {**course.FILES, "llama.py": text}))
+    found = {name: examine(part, student) for name, part in BY_NAME.items() if name in MODEL}
+    assert found.pop("attention scores").mistake == "causal mask"
+    assert {finding.status for finding in found.values()} == {"ok"}
+
+
+def test_an_unused_argument_is_ok(tmp_path: Path) -> None:
+    text = course.LLAMA.replace("def forward(self, x)", "def forward(self, x, mask)")
+    text = text.replace("def forward(self, x: torch.Tensor)", "def forward(self, x, mask)")
+    text = text.replace("self.attention(attention_input)", "self.attention(attention_input, mask)")
+    files = {**course.FILES, "llama.py": text.replace("h = layer(h)", "h = layer(h, None)")}
+    for part in ("attention scores", "attention", "layer", "Llama.forward"):
+        assert examine_files(part, tmp_path, files) == ("ok", "")
+
+
 def test_parameters_named_as_in_meta_are_ok(tmp_path: Path) -> None:
     text = course.LLAMA
     for other, name in {"wq": "query", "wk": "key", "wv": "value", "wo": "output"}.items():
