@@ -109,7 +109,7 @@ def judge(part: Part, found: Observations) -> Finding:
     for mistake, outcome in variants:
         if not disagreement(found, outcome):
             return _finding(part, (mistake,))
-    pair = _find_pair(part, found) or _find_combination(part, found)
+    pair = _find_separate(part, found) or _find_combination(part, found)
     if pair:
         return _finding(part, pair)
     text = f"wrong in a way that is not in the catalogue: {difference(found, ours)[2]}"
@@ -123,8 +123,8 @@ def judge(part: Part, found: Observations) -> Finding:
     return Finding(part.name, "unknown", text)
 
 
-def _find_pair(part: Part, found: Observations) -> tuple[Mistake, Mistake] | None:
-    """Find two mistakes that show in different probes, and together explain all that differs."""
+def _find_separate(part: Part, found: Observations) -> tuple[Mistake, ...]:
+    """Find two or three mistakes that show in different probes and explain all that differs."""
     ours = expected_of(part)
     differing = disagreement(found, ours)
     matching = [
@@ -132,10 +132,12 @@ def _find_pair(part: Part, found: Observations) -> tuple[Mistake, Mistake] | Non
         for mistake, outcome in variants_of(part)
         if not (changed := disagreement(outcome, ours)) & disagreement(found, outcome)
     ]
-    for (first, mistake), (second, other) in combinations(matching, 2):
-        if not first & second and first | second == differing:
-            return mistake, other
-    return None
+    for number in (2, 3):
+        for chosen in combinations(matching, number):
+            probes = [probe for changed, _ in chosen for probe in changed]
+            if len(probes) == len(set(probes)) and set(probes) == differing:
+                return tuple(mistake for _, mistake in chosen)
+    return ()
 
 
 def _find_combination(part: Part, found: Observations) -> tuple[Mistake, Mistake] | None:
@@ -161,7 +163,7 @@ def _find_combination(part: Part, found: Observations) -> tuple[Mistake, Mistake
 
 
 def _finding(part: Part, mistakes: tuple[Mistake, ...]) -> Finding:
-    """Report one or two entries of the catalogue: mistakes first, then editions, then remarks."""
+    """Report entries of the catalogue: mistakes first, then editions, then remarks."""
     mistakes = tuple(sorted(mistakes, key=lambda mistake: (mistake.is_note, mistake.is_edition)))
     text = "; and: ".join(
         f"{mistake.name} ({mistake.where}): {mistake.why}" for mistake in mistakes

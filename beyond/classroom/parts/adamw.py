@@ -1,8 +1,8 @@
 """`AdamW`: short trajectories that separate the forms of Adam that are in use.
 
-One thing at a time: gradients near 1 make eps invisible, gradients near eps show where it is added;
-only one trajectory has weight decay, only one leaves out gradients. A wrong form shows in as few
-of them as possible.
+One thing at a time: gradients near 1 make eps invisible, gradients near eps show where it is added.
+Weight decay is observed with betas of 0, where the moments are the gradient and its square and no
+bias needs a correction, and with gradients of 0. A wrong form shows in as few probes as possible.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -143,8 +143,11 @@ def observe(make: Make) -> Observations:
         "one step": trajectory(make, steps=1),
         "six steps": trajectory(make, steps=6),
         "six steps with gradients near eps": trajectory(make, scale=1e-6, steps=6),
-        "steps with weight decay": trajectory(make, weight_decay=0.5),
-        "steps without bias correction": trajectory(make, correct_bias=False),
+        "steps with weight decay": trajectory(make, weight_decay=0.5, betas=(0.0, 0.0)),
+        "steps with weight decay and gradients of 0": trajectory(make, weight_decay=0.5, scale=0.0),
+        "steps without bias correction": attempt(
+            lambda: trajectory(make, correct_bias=False), "a parameter"
+        ),
         "two groups with their own lr and betas": trajectory(
             make, ({"lr": 0.1}, {"lr": 0.3, "betas": (0.5, 0.7)})
         ),

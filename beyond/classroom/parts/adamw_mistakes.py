@@ -38,6 +38,12 @@ def _safe_correct(loop: Loop, beta1: float, beta2: float, t: int) -> float:
     return Loop.correct(loop, beta1, beta2, t) if t else float("nan")
 
 
+def _fail_if_false(loop: Loop, group: Group) -> Group:
+    if not group["correct_bias"]:
+        raise UnboundLocalError
+    return group
+
+
 def _entry(name: str, why: str, seen: str = "", is_note: bool = False, **methods: Any) -> Variant:
     mistake = Mistake(name, WHERE, why, seen, is_note=is_note)
     return Variant(mistake, type("Variant", (Loop,), methods))
@@ -82,8 +88,19 @@ VARIANTS = (
     ),
     _entry(
         "correct_bias=False has no effect",
-        "The bias is corrected whatever the option says. Correct only if group['correct_bias'].",
+        "The bias is corrected whatever the option says. Correct only if group['correct_bias']. "
+        "The course's own programs leave the option at True.",
+        "Yousefbahr, vktrbr, steffichern, chernovssss",
+        is_note=True,
         always_corrects=True,
+    ),
+    _entry(
+        "correct_bias=False ends in an error",
+        "Something is defined only if group['correct_bias'] is True and used in any case; the "
+        "course's own programs leave the option at True.",
+        "epguo",
+        is_note=True,
+        options=_fail_if_false,
     ),
     _entry(
         "eps added after the bias correction",

@@ -36,7 +36,9 @@ class Steps(Llama):
         self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0
     ) -> Tensor:
         start = idx
+        self.number = 0  # of the step
         while not self.is_finished(start, idx, max_new_tokens):
+            self.number += 1
             logits = self(self.crop(idx))[0][:, -1]  # (batch, vocab)
             next_token = self.greedy(logits) if temperature == 0 else self.draw(logits, temperature)
             idx = torch.cat((self.keep(idx), next_token), dim=1)
@@ -75,9 +77,9 @@ def _stop_at(token: int) -> Callable[..., bool]:
     return is_finished
 
 
-def _first_row_only(model: Steps, logits: Tensor, *temperature: float) -> Tensor:
-    """Choose a token as code does that was written for a batch of one row."""
-    return model.weigh(logits[0], *(temperature or (1.0,))).argmax().view(1, 1)
+def _draw_first_row(model: Steps, logits: Tensor, temperature: float) -> Tensor:
+    """Draw a token as code does that was written for a batch of one row."""
+    return torch.multinomial(model.weigh(logits[0], temperature), 1).view(1, 1)
 
 
 def _draw_one(model: Steps, logits: Tensor, temperature: float) -> Tensor:
@@ -88,6 +90,12 @@ def _draw_one(model: Steps, logits: Tensor, temperature: float) -> Tensor:
 def _keep_top_k(model: Steps, logits: Tensor, temperature: float) -> Tensor:
     values, tokens = (logits / temperature).topk(min(50, logits.shape[1]))
     return torch.zeros_like(logits).scatter(1, tokens, F.softmax(values, dim=-1))
+
+
+def _keep_top_p(model: Steps, logits: Tensor, temperature: float) -> Tensor:
+    ranked, tokens = F.softmax(logits / temperature, dim=-1).sort(descending=True)
+    is_kept = ranked.cumsum(dim=-1) - ranked < 0.95
+    return torch.zeros_like(logits).scatter(1, tokens, ranked * is_kept)
 
 
 def _drop_below_epsilon(model: Steps, logits: Tensor, temperature: float) -> Tensor:
@@ -163,11 +171,19 @@ VARIANTS = (
         greedy=lambda _, logits: logits.argmax().expand(len(logits), 1),
     ),
     _entry(
-        "works for one row only",
-        "Several rows end in an error, though idx is (batch, seq). Choose one token per row, as "
-        "(batch, 1): argmax(dim=-1, keepdim=True), and multinomial of (batch, vocab).",
-        greedy=_first_row_only,
-        draw=_first_row_only,
+        "works for one row only at temperature 0",
+        "Several rows end in an error, though idx is (batch, seq); the course's own programs "
+        "generate one row at a time. Choose one token per row: argmax(dim=-1, keepdim=True).",
+        "chernovssss",
+        "note",
+        greedy=lambda model, logits: logits[0].argmax().view(1, 1),
+    ),
+    _entry(
+        "works for one row only above temperature 0",
+        "Several rows end in an error, though idx is (batch, seq); the course's own programs "
+        "generate one row at a time. multinomial of (batch, vocab) gives (batch, 1).",
+        kind="note",
+        draw=_draw_first_row,
     ),
     _entry(
         "one draw for all rows",
@@ -176,16 +192,24 @@ VARIANTS = (
         draw=_draw_one,
     ),
     _entry(
-        "unlikely tokens cut off (top-k or top-p)",
+        "unlikely tokens cut off (top-k)",
         "Only the most likely tokens can be drawn. The assignment wants the whole distribution, "
-        "and says so: no top-k, no nucleus sampling.",
+        "and says so: no top-k sampling.",
         weigh=_keep_top_k,
+    ),
+    _entry(
+        "nucleus sampling (top-p)",
+        "The least likely tokens, a few percent of the probability together, are cut off. That is "
+        "the task of Spring 2026; the edition of 2024 draws from the whole distribution.",
+        "the course's edition of Spring 2026 (Alva789ro)",
+        "edition",
+        weigh=_keep_top_p,
     ),
     _entry(
         "epsilon sampling",
         "Tokens with a probability below 0.05 are cut off. That is the task of Fall 2025; the "
         "edition of 2024 draws from the whole distribution.",
-        "the course's edition of Fall 2025",
+        "the course's edition of Fall 2025 (cyprienn967, zhulenghan)",
         "edition",
         weigh=_drop_below_epsilon,
     ),
@@ -211,13 +235,13 @@ VARIANTS = (
         "Not only the model's input but the result itself is cropped to max_seq_len. Crop a copy, "
         "and append the new token to the whole sequence.",
         keep=lambda model, idx: idx[:, -model.config.max_seq_len :],
-        is_finished=lambda model, start, idx, n: _count_calls(model) > n,
+        is_finished=lambda model, start, idx, n: model.number >= n,
     ),
     _entry(
         "only the newest token is fed back",
         "From the second step on the model sees one token without what came before. Without a "
         "cache of keys and values every step needs the whole context.",
-        crop=lambda model, idx: idx[:, -1:] if _count_calls(model) > 1 else Steps.crop(model, idx),
+        crop=lambda model, idx: idx[:, -1:] if model.number > 1 else Steps.crop(model, idx),
     ),
     _entry(
         "stops early, at EOS",
@@ -230,6 +254,12 @@ VARIANTS = (
         "Generation ends at the begin-of-sequence token. That is sensible for TinyStories models, "
         "but the assignment generates exactly max_new_tokens.",
         is_finished=_stop_at(BOS),
+    ),
+    _entry(
+        "only one token is generated",
+        "The result is returned after the first step: `return idx` is inside the loop.",
+        "madflytep",
+        is_finished=lambda model, start, idx, n: idx.shape[1] > start.shape[1],
     ),
     _entry(
         "the context counts as new tokens",
@@ -246,13 +276,8 @@ VARIANTS = (
         "leaves the model in eval mode",
         "A model that was in training mode has no dropout afterwards. Restore the mode, or leave "
         "it to the caller, as the course does.",
-        kind="note",
+        "PRESIDENT810",
+        "note",
         result=_stay_in_eval,
     ),
 )
-
-
-def _count_calls(model: nn.Module) -> int:
-    """Count the calls with this model, this one included."""
-    vars(model)["calls"] = vars(model).get("calls", 0) + 1
-    return vars(model)["calls"]

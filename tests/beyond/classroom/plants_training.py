@@ -12,7 +12,6 @@ ARGMAX = "return max_logits(logits)[1]"
 CROP = "self(idx[:, -self.config.max_seq_len :])"
 APPEND = "idx = torch.cat((idx, next_token), dim=1)  # (batch, seq + 1)"
 LOOP = "for _ in range(max_new_tokens):"
-CHOOSE = "sample_next_token(logits[:, -1], temperature, generator)"
 OURS_GENERATE: tuple[Row, ...] = (
     ("temperature multiplied", SOFTMAX, "return F.softmax(logits * temperature, dim=-1)"),
     ("temperature has no effect", SOFTMAX, "return F.softmax(logits, dim=-1)"),
@@ -31,7 +30,16 @@ OURS_GENERATE: tuple[Row, ...] = (
     ("always the argmax", "if temperature == 0:", "if temperature >= 0:"),
     ("random at temperature 0", ARGMAX, "temperature = 1.0"),
     ("argmax over the whole tensor", ARGMAX, "return logits.argmax().expand(len(logits), 1)"),
-    ("works for one row only", CHOOSE, "sample_next_token(logits[0], temperature, generator)"),
+    (
+        "works for one row only at temperature 0",
+        ARGMAX,
+        "return max_logits(logits)[1].flatten()[None]",
+    ),
+    (
+        "works for one row only above temperature 0",
+        DRAW,
+        DRAW.replace("logits, temperature), 1", "logits, temperature)[0], 1") + "[None]",
+    ),
     (
         "one draw for all rows",
         DRAW,
@@ -39,7 +47,7 @@ OURS_GENERATE: tuple[Row, ...] = (
         "    return one.repeat(len(logits), 1)",
     ),
     (
-        "unlikely tokens cut off (top-k or top-p)",
+        "unlikely tokens cut off (top-k)",
         SOFTMAX,
         "least = logits.topk(min(200, logits.shape[-1]))[0][:, -1:]\n"
         "    logits = logits.masked_fill(logits < least, -torch.inf)\n    " + SOFTMAX,
@@ -97,13 +105,18 @@ COURSE_GENERATE: tuple[Row, ...] = (
         "idx_next = probs.argmax(dim=-1, keepdim=True)",
     ),
     (
-        "works for one row only",
+        "works for one row only at temperature 0",
         "idx_next = torch.argmax(logits, dim=-1, keepdim=True)",
         "idx_next = torch.tensor([[logits.argmax().item()]])",
     ),
+    (
+        "only one token is generated",
+        "            idx = torch.cat((idx, idx_next), dim=1)\n        return idx\n",
+        "            idx = torch.cat((idx, idx_next), dim=1)\n            return idx\n",
+    ),
     ("not cropped", "context = idx[:, -self.params.max_seq_len :]", "context = idx"),
     (
-        "unlikely tokens cut off (top-k or top-p)",
+        "nucleus sampling (top-p)",
         PROBS,
         "ranked, order = (logits / temperature).sort(descending=True)\n"
         "                ranked = ranked.softmax(-1)\n"
@@ -156,6 +169,11 @@ OURS_ADAMW: tuple[Row, ...] = (
         "step_size *= (1 - beta1**step) / (1 - beta2**step) ** 0.5",
     ),
     ("correct_bias=False has no effect", 'if group["correct_bias"]:', "if True:"),
+    (
+        "correct_bias=False ends in an error",
+        'step_size = group["lr"]\n        if group["correct_bias"]:',
+        'if group["correct_bias"]:\n            step_size = group["lr"]',
+    ),
     (
         "eps added after the bias correction",
         EPS,

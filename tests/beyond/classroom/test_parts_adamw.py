@@ -95,6 +95,11 @@ def test_the_forms_of_torch_are_named_but_only_the_decay_is_a_mistake(tmp_path: 
     finding = examine_with(PART, tmp_path, "optimizer.py", old, new)
     assert (finding.status, finding.mistake) == ("mistake", "weight decay before the update")
     assert "; and: eps added after the bias correction" in finding.text
+    new = new.replace('if group["correct_bias"]:', "if True:")
+    finding = examine_with(PART, tmp_path, "optimizer.py", old, new)
+    assert (finding.status, finding.mistake) == ("mistake", "weight decay before the update")
+    assert "; and: eps added after the bias correction" in finding.text
+    assert "; and: correct_bias=False has no effect" in finding.text
 
 
 def test_the_course_s_own_test_accepts_the_plain_form() -> None:
@@ -130,7 +135,7 @@ def test_the_loop_of_the_variants_is_right_as_it_stands() -> None:
 
 def test_a_trajectory_is_the_recurrence_of_the_paper() -> None:
     """In float64 numbers, one element after the other."""
-    found = trajectory(AdamW, steps=3, weight_decay=0.5)
+    found = trajectory(AdamW, steps=3, weight_decay=0.5)  # lr 0.1, betas (0.8, 0.9), eps 1e-6
     start = parameters(1)[0].detach().double().flatten()
     for index, value in enumerate(start.tolist()):
         m = v = 0.0

@@ -1,13 +1,13 @@
 """`generate` of the catalogue: right solutions in all styles, and the probes' own claims."""
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from beyond.classroom.part import difference, expected_of, observe_seeded, variants_of
-from beyond.classroom.parts.generate import FREQUENCY, PART, ROWS, draw, share
+from beyond.classroom.parts.generate import ALONE, FREQUENCY, PART, ROWS, Fixed, share
 from beyond.classroom.parts.generate_mistakes import Steps, make_with
 from llama import Llama
 from tests.beyond.classroom.styles import examine_with
@@ -115,13 +115,26 @@ def test_shares_are_far_from_the_limit_of_what_counts_as_drawn() -> None:
                 assert is_far.all(), (name, observed.value)
 
 
-def test_frequencies_lie_within_half_the_tolerance_of_the_softmax() -> None:
+@pytest.mark.parametrize(("rows", "is_batch", "bound"), [(ROWS, True, 0.036), (ALONE, False, 0.08)])
+def test_frequencies_lie_within_the_stated_bound_of_the_softmax(
+    rows: int, is_batch: bool, bound: float
+) -> None:
     logits = torch.tensor([0.3, 1.0, 0.1])
-
-    def expected(temperature: float) -> Tensor:
-        return torch.softmax(logits.double() / temperature, dim=-1)
-
     torch.manual_seed(3)
     for temperature in (0.5, 1.0, 3.0):
-        tokens = draw(make_with(Llama), logits.repeat(ROWS, 1), temperature)
-        assert (share(tokens, 3) - expected(temperature)).abs().max() < FREQUENCY / 2
+        tokens = Fixed(make_with(Llama), logits, 3).draw(temperature, rows, is_batch)
+        expected = torch.softmax(logits.double() / temperature, dim=-1)
+        assert (share(tokens, 3) - expected).abs().max() < bound
+    assert 2 * math.exp(-2 * rows * bound**2) < 2e-11
+    assert FREQUENCY == pytest.approx(0.036 + 0.08)
+
+
+def test_sampling_is_examined_row_by_row_if_several_rows_fail(tmp_path: Path) -> None:
+    old = f"{PROBS}\n                {SAMPLE}"
+    new = (
+        "probs = F.softmax(logits[0] * temperature, dim=-1)\n                "
+        "idx_next = torch.multinomial(probs, num_samples=1)[None]"
+    )
+    finding = examine_with(PART, tmp_path, "llama.py", old, new)
+    assert (finding.status, finding.mistake) == ("mistake", "temperature multiplied")
+    assert "; and: works for one row only above temperature 0" in finding.text
