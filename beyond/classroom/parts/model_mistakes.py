@@ -85,12 +85,6 @@ VARIANTS: tuple[Variant, ...] = tuple(
     entry(subject, WHERE, name, why)
     for subject, name, why in (
         (
-            variant(column=lambda x: x),
-            "logits of all columns",
-            "Without targets only the last column's logits are wanted, (batch, 1, vocab). All of "
-            "them take much time and memory, and generate and the classifiers expect one column.",
-        ),
-        (
             variant(column=lambda x: x[:, :1]),
             "logits of the first column",
             "The next token follows the last column: hidden[:, [-1], :].",
@@ -226,6 +220,14 @@ VARIANTS: tuple[Variant, ...] = tuple(
         ),
     )
 ) + (
+    entry(
+        variant(column=lambda x: x),
+        WHERE,
+        "logits of all columns",
+        "Without targets only the last column's logits are wanted, (batch, 1, vocab). All of them "
+        "take much time and memory, and generate and the classifiers expect one column.",
+        seen="Alva789ro/Min-Llama2",
+    ),
     entry(
         variant(finish=last_before_norm),
         WHERE,

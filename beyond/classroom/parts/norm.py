@@ -217,6 +217,7 @@ VARIANTS: tuple[Variant, ...] = (
         "eps outside the root",
         "eps belongs inside the root: sqrt(mean(x^2) + eps). Outside it hardly counts, and the "
         "course's reference values differ where a vector is small.",
+        "vktrbr/minllama-assignment",
     ),
     entry(
         variant(root=lambda moment, eps: moment.sqrt()),
@@ -261,6 +262,7 @@ VARIANTS: tuple[Variant, ...] = (
         "sums in half precision",
         "The squares are summed in the dtype of x. In float16 they overflow above 255, and the "
         "result is 0. Convert x to float32 first, and the result back.",
+        "PRESIDENT810/minllama-assignment",
     ),
 )
 

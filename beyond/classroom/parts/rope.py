@@ -41,15 +41,16 @@ def observe(rotate: Rotate) -> Observations:
 
 
 def adapt(student: Student) -> Rotate:
-    """Return a student's function; theta is left out if it has no such parameter."""
+    """Return a student's function; theta is left out if it takes four arguments only."""
     function = find(student, "rope", "apply_rotary_emb")
+    parameters = inspect.signature(function).parameters.values()
+    takes_theta = len(parameters) > 4 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
 
     def rotate(
         query: Tensor, key: Tensor, head_dim: int, max_seq_len: int, theta: float
     ) -> tuple[Tensor, Tensor]:
-        parameters = inspect.signature(function).parameters
-        options = {"theta": theta} if "theta" in parameters and theta != THETA else {}
-        return function(query, key, head_dim, max_seq_len, **options)
+        other = (theta,) if takes_theta and theta != THETA else ()
+        return function(query, key, head_dim, max_seq_len, *other)
 
     return rotate
 

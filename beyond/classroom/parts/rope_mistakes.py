@@ -163,6 +163,7 @@ VARIANTS: tuple[Variant, ...] = (
         "The base of the frequencies is always 10000. The course's model uses this value, but "
         "others do not; use the argument.",
         "alpotekhin/minllama-assignment",
+        is_note=True,
     ),
     entry(
         exponents(lambda pairs, d: -pairs / d),
@@ -225,6 +226,19 @@ VARIANTS: tuple[Variant, ...] = (
         WHERE,
         "query and key returned in the wrong order",
         "The function returns the query first, then the key.",
+    ),
+    entry(
+        after(
+            lambda query, key, rotated, rotated_key: (
+                rotated.transpose(1, 2),
+                rotated_key.transpose(1, 2),
+            )
+        ),
+        WHERE,
+        "heads and positions exchanged in the result",
+        "The result is (batch, heads, seq, head_dim). It must have the shape of the input, as "
+        "Attention.forward moves the heads itself.",
+        "U1ltra/minllama-assignment",
     ),
     entry(
         after(key_like_query),

@@ -92,7 +92,8 @@ def find_given(student: Student, ours: Attention, batch: int, seq: int) -> Given
     found: list[Given] = []
 
     def record(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
-        if key.dim() == 4 and key.shape[1] in (config.n_heads, config.n_kv_heads):
+        heads = (config.n_heads, config.n_kv_heads)
+        if query.dim() == key.dim() == 4 and query.shape[1] == heads[0] and key.shape[1] in heads:
             found.append(Given(key.shape[1], args, options))
         return query
 

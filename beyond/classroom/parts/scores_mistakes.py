@@ -246,7 +246,7 @@ VARIANTS: tuple[Variant, ...] = (
         "no dropout on the attention weights",
         "Apply self.attn_dropout after the softmax and before the product with the values. Without "
         "it only training differs.",
-        "Alva789ro/Min-Llama2",
+        "Alva789ro/Min-Llama2, vktrbr/minllama-assignment",
     ),
     entry(
         variant(drop=drop_always),
@@ -267,6 +267,7 @@ VARIANTS: tuple[Variant, ...] = (
         WHERE,
         "dropout before the softmax",
         "A score of 0 still gets weight. Apply dropout to the weights, after the softmax.",
+        "yule44ka/MinLlama",
     ),
     entry(
         variant(drop=drop_rest),

@@ -115,6 +115,11 @@ OURS_ROPE: tuple[Row, ...] = (
         "return _rotate(query, cos, sin), _rotate(query, cos, sin)",
     ),
     (
+        "heads and positions exchanged in the result",
+        OURS_RESULT,
+        OURS_RESULT.replace("sin)", "sin).transpose(1, 2)"),
+    ),
+    (
         "query and key returned in the wrong order",
         OURS_RESULT,
         "return _rotate(key, cos, sin), _rotate(query, cos, sin)",

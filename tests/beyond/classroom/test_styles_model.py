@@ -262,6 +262,12 @@ def test_another_style_is_ok(
     assert examine_files(part, tmp_path, files) == ("ok", "")
 
 
+def test_theta_under_another_name_is_ok(tmp_path: Path) -> None:
+    text = course.ROPE.replace("theta", "base")
+    assert text.count("base") == 2
+    assert examine_files("rope", tmp_path, {**course.FILES, "rope.py": text}) == ("ok", "")
+
+
 MASK = "mask = torch.full((tokens.shape[1], tokens.shape[1]), float('-inf')).triu(1)"
 SCORES_LINE = "scores = torch.matmul(query, key.transpose(-2, -1)) / math.sqrt(self.head_dim)"
 LOOP = "        for layer in self.layers:"
