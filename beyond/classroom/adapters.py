@@ -64,12 +64,21 @@ def is_course_style(student: Student) -> bool:
 
 
 def make_config(student: Student, config: LlamaConfig) -> Any:
-    """Make a student's config of our config's values."""
+    """Make a student's config of our config's values.
+
+    Of values that the course's config does not have, such as `causal`, only those are given that
+    are not our defaults, so that the student's own defaults are examined.
+    """
     try:
         theirs = find(student, "llama", "LlamaConfig")
     except AdaptError:
         theirs = find(student, "config", "LlamaConfig")
-    return theirs(**accepted(theirs, asdict(config)))
+    values = asdict(config)
+    defaults = asdict(LlamaConfig())
+    for name in ("rope_theta", "tie_embeddings", "causal"):
+        if values[name] == defaults[name]:
+            del values[name]
+    return theirs(**accepted(theirs, values))
 
 
 def make_norm(student: Student, ours: llama.RMSNorm) -> nn.Module:

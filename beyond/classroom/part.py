@@ -214,6 +214,8 @@ def difference(found: Observations, expected: Observations) -> tuple[float, str,
 
 def _compare(found: Tensor, expected: Observed, probe: str) -> tuple[float, str]:
     """Return the largest difference of one probe, in tolerances, and its description."""
+    if found.shape != expected.value.shape and found.shape == (0,):
+        return float("inf"), f"{probe}: an error, or a wrong shape"
     if found.shape != expected.value.shape:
         shapes = f"found {tuple(found.shape)}, expected {tuple(expected.value.shape)}"
         return float("inf"), f"{probe} has another shape: {shapes}"

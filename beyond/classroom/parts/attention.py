@@ -34,8 +34,8 @@ def observe(build: Build) -> Observations:
     return {
         "output": Observed(run(3, 6), 1e-4),
         "output with grouped heads": Observed(attempt(lambda: run(3, 3), "the output"), 1e-4),
-        "dropout in training": Observed(dropout_pattern(trained, kept, RATE), 1e-3),
-        "dropout in evaluation": Observed(dropout_pattern(evaluated, kept, RATE), 1e-3),
+        **dropout_pattern("dropout in training", trained, kept, RATE),
+        **dropout_pattern("dropout in evaluation", evaluated, kept, RATE),
     }
 
 

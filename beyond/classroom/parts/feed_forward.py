@@ -31,8 +31,8 @@ def observe(build: Build) -> Observations:
     trained, evaluated = run(64, RATE, train=True), run(64, RATE)
     return {
         "output": Observed(run(3), 1e-4),
-        "dropout in training": Observed(dropout_pattern(trained, kept, RATE), 1e-3),
-        "dropout in evaluation": Observed(dropout_pattern(evaluated, kept, RATE), 1e-3),
+        **dropout_pattern("dropout in training", trained, kept, RATE),
+        **dropout_pattern("dropout in evaluation", evaluated, kept, RATE),
     }
 
 

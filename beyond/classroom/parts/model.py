@@ -52,21 +52,21 @@ def observe(build: Build) -> Observations:
             expect_tensor(result[1], "the hidden states"),
         ]
 
-    def pattern(train: bool, layer: nn.Module) -> Tensor:
+    def pattern(name: str, train: bool, layer: nn.Module) -> Observations:
         """Describe what the model's dropout did to the hidden states."""
         many = tokens.repeat(20, 1)
         dropped = run(build(make(RATE, train, layer)), many)[1]
         kept = run(build(make(0.0, False, layer)), many)[1]
-        return dropout_pattern(dropped, kept, RATE)
+        return dropout_pattern(name, dropped, kept, RATE)
 
     logits, hidden = run(build(make()), tokens)
     return {
         "logits": Observed(logits, 1e-3),
         "hidden states": Observed(hidden, 1e-3),
         "logits with targets": Observed(run(build(make()), tokens, tokens)[0], 1e-3),
-        "dropout in training": Observed(pattern(True, nn.Identity()), 1e-3),
-        "dropout before the layers": Observed(pattern(True, _Mix()), 1e-3),
-        "dropout in evaluation": Observed(pattern(False, nn.Identity()), 1e-3),
+        **pattern("dropout in training", True, nn.Identity()),
+        **pattern("dropout in training, neighbours added", True, _Mix()),
+        **pattern("dropout in evaluation", False, nn.Identity()),
     }
 
 

@@ -7,7 +7,7 @@ from functools import wraps
 import torch
 from torch import Tensor, nn
 
-from beyond.classroom.part import Mistake, Subject, Variant, expect_tensor
+from beyond.classroom.part import Mistake, Observed, Subject, Variant, expect_tensor
 
 FAILED = torch.empty(0)  # what is observed of a probe that raised an error
 
@@ -39,37 +39,48 @@ def attempt(function: Callable[[], object], what: str) -> Tensor:
         return FAILED
 
 
-def dropout_pattern(found: Tensor, kept: Tensor, rate: float, copies: int = 1) -> Tensor:
+def dropout_pattern(
+    name: str, found: Tensor, kept: Tensor, rate: float, copies: int = 1
+) -> dict[str, Observed]:
     """Describe how a dropout changed a tensor, whatever random numbers it used.
 
     Args:
+        name: begins the names of the probes.
         found: the tensor after a dropout.
         kept: the same tensor without dropout.
         rate: the probability that an element is set to zero.
         copies: number of equal blocks in the last axis of `kept`.
 
     Returns:
-        (5,), each 0 or 1: something is set to zero; a share of `rate` is; all else is divided by
-        1 - rate; all else is as it was; the copies are dropped together. A right dropout of
-        n elements has its share within 6 standard deviations of the rate, or it is reported by
-        mistake once in 500 million times.
+        Five statements, each 0 or 1. A right dropout has its share of zeros within 6 standard
+        deviations of the rate, or it is reported by mistake once in 500 million times.
     """
+    names = (
+        "some elements are set to zero",
+        f"a share of {rate:g} is set to zero",
+        f"the others are divided by {1 - rate:g}",
+        "the others are as they were",
+        "equal elements are treated alike",
+    )
     if found.shape != kept.shape:
-        return FAILED
+        return {f"{name}: {statement}": Observed(FAILED, 1e-3) for statement in names}
     is_used = kept.abs() > 1e-6
     ratios = torch.where(is_used, found / kept, 0.0)
     is_zero = (ratios.abs() < 1e-3)[is_used]
     others = ratios[is_used][~is_zero]
     bound = 6 * (rate * (1 - rate) / max(1, is_used.sum().item() // copies)) ** 0.5
     blocks = ratios.unflatten(-1, (copies, -1))
-    marks = (
+    values = (
         bool(is_zero.any()),
         abs(is_zero.float().mean().item() - rate) < bound,
         bool(((others - 1 / (1 - rate)).abs() < 1e-3).all()),
         bool(((others - 1).abs() < 1e-3).all()),
         bool(((blocks - blocks[..., :1, :]).abs() < 1e-3).all()),
     )
-    return torch.tensor(marks, dtype=torch.float32)
+    return {
+        f"{name}: {statement}": Observed(torch.tensor(float(value)), 1e-3)
+        for statement, value in zip(names, values, strict=True)
+    }
 
 
 def keep_changes[**P](make: Callable[P, Subject]) -> Callable[P, Subject]:

@@ -52,8 +52,8 @@ def observe(build: Build) -> Observations:
     return {
         "output": Observed(run(3, 5, 6), 1e-4),
         "output with grouped heads": Observed(run(3, 5, 3), 1e-4),
-        "dropout in training": Observed(dropout_pattern(trained, kept, RATE, copies=2), 1e-3),
-        "dropout in evaluation": Observed(dropout_pattern(evaluated, kept, RATE, copies=2), 1e-3),
+        **dropout_pattern("dropout in training", trained, kept, RATE, copies=2),
+        **dropout_pattern("dropout in evaluation", evaluated, kept, RATE, copies=2),
     }
 
 

@@ -8,7 +8,7 @@ from beyond.classroom.part import examine
 from beyond.classroom.parts import PARTS
 from beyond.classroom.student import Student
 from tests.beyond.classroom import course
-from tests.beyond.classroom.planting import MODEL, write
+from tests.beyond.classroom.planting import MODEL, sources, write
 
 BY_NAME = {part.name: part for part in PARTS}
 # The body of a function of the course's implementation, from its signature to its last line.
@@ -260,6 +260,16 @@ def test_another_style_is_ok(
     assert text.count(old) == 1
     files = {**course.FILES, file: text.replace(old, new.lstrip("\n"))}
     assert examine_files(part, tmp_path, files) == ("ok", "")
+
+
+def test_a_config_that_is_causal_by_default_is_found_in_the_scores(tmp_path: Path) -> None:
+    files = sources("ours")
+    assert files["config.py"].count("causal: bool = False") == 1
+    files["config.py"] = files["config.py"].replace("causal: bool = False", "causal: bool = True")
+    student = Student(write(tmp_path, files))
+    found = {name: examine(part, student) for name, part in BY_NAME.items() if name in MODEL}
+    assert found.pop("attention scores").mistake == "causal mask"
+    assert {finding.status for finding in found.values()} == {"ok"}
 
 
 def test_theta_under_another_name_is_ok(tmp_path: Path) -> None:
