@@ -24,6 +24,11 @@ def _eps_after_correction(loop: Loop, v: Tensor, group: Group, t: int) -> Tensor
     return v.sqrt() + group["eps"] * correction
 
 
+def _always_corrected(loop: Loop, v: Tensor, group: Group, t: int) -> Tensor:
+    correction = 1.0 if group["correct_bias"] else (1 - group["betas"][1] ** t) ** 0.5
+    return (v.sqrt() + group["eps"]) / correction
+
+
 def _update_swapped(loop: Loop, parameter: Tensor, grad: Tensor, state: Any, group: Group) -> None:
     Loop.update(loop, parameter, grad, state, {**group, "betas": group["betas"][::-1]})
 
@@ -36,6 +41,11 @@ def _count_in(state: Any, name: str = "count") -> int:
 def _safe_correct(loop: Loop, beta1: float, beta2: float, t: int) -> float:
     """Correct for a step that is counted from 0, as dividing a tensor by 0 does."""
     return Loop.correct(loop, beta1, beta2, t) if t else float("nan")
+
+
+def _corrected_lr(loop: Loop, parameter: Tensor, group: Group) -> float:
+    t = loop.state[parameter]["step"]
+    return group["lr"] / (1 - group["betas"][0] ** t if group["correct_bias"] else 1.0)
 
 
 def _fail_if_false(loop: Loop, group: Group) -> Group:
@@ -101,6 +111,14 @@ VARIANTS = (
         "epguo",
         is_note=True,
         options=_fail_if_false,
+    ),
+    _entry(
+        "correct_bias=False corrects the second moment",
+        "Only the first moment's correction depends on group['correct_bias']. The course's own "
+        "programs leave the option at True.",
+        "SandeepChatterjee66",
+        is_note=True,
+        divisor=_always_corrected,
     ),
     _entry(
         "eps added after the bias correction",
@@ -243,6 +261,24 @@ VARIANTS = (
         decay=lambda *_: None,
     ),
     _entry(
+        "weight decay twice",
+        "The decay is added to the gradient (L2), and the parameter is decayed too. Leave the "
+        "gradient as it is.",
+        "U1ltra",
+        change_gradient=lambda loop, parameter, grad, group: (
+            grad + group["weight_decay"] * parameter
+        ),
+    ),
+    _entry(
+        "weight decay times lr / (1 - beta1^t)",
+        "The decay is multiplied by lr with the first moment's correction, so it is too strong in "
+        f"the first steps. Multiply it by lr. {INVISIBLE}",
+        "SandeepChatterjee66",
+        decay=lambda loop, parameter, before, step_size, group: parameter.sub_(
+            _corrected_lr(loop, parameter, group) * group["weight_decay"] * parameter
+        ),
+    ),
+    _entry(
         "weight decay not times lr",
         "The parameter loses weight_decay of itself per step instead of lr * weight_decay: with "
         "lr = 1e-3 a thousand times too much.",
@@ -254,6 +290,7 @@ VARIANTS = (
         "weight decay times the corrected step size",
         "The decay is multiplied by lr with the bias correction, so it is wrong in the first "
         f"steps. Multiply it by lr. {INVISIBLE}",
+        "seanxuxx",
         decay=lambda loop, parameter, before, step_size, group: parameter.sub_(
             step_size * group["weight_decay"] * parameter
         ),

@@ -135,11 +135,19 @@ VARIANTS = (
     _entry(
         "first column",
         "The hidden state of BOS is classified. Use the last column, hidden[:, -1].",
+        "U1ltra",
         choose=lambda _, input_ids, logits, hidden: hidden[:, 0],
+    ),
+    _entry(
+        "second column",
+        "The hidden state of the first word is classified. Use the last column, hidden[:, -1].",
+        "yanaida25",
+        choose=lambda _, input_ids, logits, hidden: hidden[:, 1],
     ),
     _entry(
         "column before the last",
         "The hidden state is read one column too early. Use the last column, hidden[:, -1].",
+        "zhulenghan",
         choose=lambda _, input_ids, logits, hidden: hidden[:, -2],
     ),
     _entry(

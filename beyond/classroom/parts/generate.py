@@ -149,15 +149,15 @@ def stack(contexts: list[Tensor]) -> Tensor:
 def observe_rows(make: Make) -> dict[str, Observed]:
     """Generate for several rows; -1 stands for what cannot be measured."""
     rows = Fixed(make, chained, 7).try_rows(torch.tensor([[5], [3], [6]]), 3, 0.0)
-    kinds = torch.tensor([[50.0, 50.0, 20.0, 20.0], [20.0, 20.0, 50.0, 50.0]])
-    mixed = Fixed(make, lambda tokens: kinds[tokens[:, 0]], 4)
+    kinds = torch.tensor([[50.0] * 4 + [20.0] * 4, [20.0] * 4 + [50.0] * 4])
+    mixed = Fixed(make, lambda tokens: kinds[tokens[:, 0]], 8)
     result = mixed.try_rows(torch.arange(2).repeat(ROWS // 2)[:, None], 1, 1.0)
     if result is None:
-        first, second = (Fixed(make, kind, 4).draw(1.0, ALONE, False) for kind in kinds)
+        first, second = (Fixed(make, kind, 8).draw(1.0, ALONE, False) for kind in kinds)
     else:
         first, second = result[:, -1].view(-1, 2).unbind(-1)
     differ = bool((first != first[0]).any())
-    own = bool(((first < 2) & (second >= 2)).double().mean() > 0.99)
+    own = bool(((first < 4) & (second >= 4)).double().mean() > 0.99)
     missing = torch.full((3, 4), NOT_MEASURED)
     exact = {
         "tokens of several rows at temperature 0": missing if rows is None else rows,

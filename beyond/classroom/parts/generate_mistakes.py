@@ -1,6 +1,6 @@
 """Wrong variants of `Llama.generate`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -92,10 +92,16 @@ def _keep_top_k(model: Steps, logits: Tensor, temperature: float) -> Tensor:
     return torch.zeros_like(logits).scatter(1, tokens, F.softmax(values, dim=-1))
 
 
-def _keep_top_p(model: Steps, logits: Tensor, temperature: float) -> Tensor:
-    ranked, tokens = F.softmax(logits / temperature, dim=-1).sort(descending=True)
-    is_kept = ranked.cumsum(dim=-1) - ranked < 0.95
-    return torch.zeros_like(logits).scatter(1, tokens, ranked * is_kept)
+def _keep_top_p(p: float, is_strict: bool) -> Callable[[Steps, Tensor, float], Tensor]:
+    """Return a `weigh` that keeps the likeliest tokens, strictly below a probability p or not."""
+
+    def weigh(model: Steps, logits: Tensor, temperature: float) -> Tensor:
+        ranked, tokens = F.softmax(logits / temperature, dim=-1).sort(descending=True)
+        before = ranked.cumsum(dim=-1) - ranked
+        is_kept = (before + ranked < p) | (before == 0) if is_strict else before < p
+        return torch.zeros_like(logits).scatter(1, tokens, ranked * is_kept)
+
+    return weigh
 
 
 def _drop_below_epsilon(model: Steps, logits: Tensor, temperature: float) -> Tensor:
@@ -108,10 +114,18 @@ def _stay_in_eval(model: Steps, start: Tensor, idx: Tensor) -> Tensor:
     return idx
 
 
-def _entry(name: str, why: str, seen: str = "", kind: str = "", **methods: Any) -> Variant:
-    """Make an entry whose variant has other methods than `Steps`; kind: "edition" or "note"."""
+def _entry(
+    name: str,
+    why: str,
+    seen: str = "",
+    kind: str = "",
+    others: Sequence[dict[str, Any]] = (),
+    **methods: Any,
+) -> Variant:
+    """Make an entry whose variants have other methods than `Steps`; kind: "edition" or "note"."""
     mistake = Mistake(name, WHERE, why, seen, kind == "edition", kind == "note")
-    return Variant(mistake, make_with(type("Variant", (Steps,), methods)))
+    subjects = [make_with(type("Variant", (Steps,), changes)) for changes in (methods, *others)]
+    return Variant(mistake, subjects[0], tuple(subjects[1:]))
 
 
 VARIANTS = (
@@ -200,10 +214,14 @@ VARIANTS = (
     _entry(
         "nucleus sampling (top-p)",
         "The least likely tokens, a few percent of the probability together, are cut off. That is "
-        "the task of Spring 2026; the edition of 2024 draws from the whole distribution.",
-        "the course's edition of Spring 2026 (Alva789ro)",
+        "the task of later editions; that of 2024 draws from the whole distribution.",
+        "the course's edition of Spring 2026 (Alva789ro), and seanxuxx",
         "edition",
-        weigh=_keep_top_p,
+        [
+            {"weigh": _keep_top_p(p, strict)}
+            for p, strict in ((0.95, True), (0.9, True), (0.8, False))
+        ],
+        weigh=_keep_top_p(0.95, False),
     ),
     _entry(
         "epsilon sampling",

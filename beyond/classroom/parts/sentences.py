@@ -1,9 +1,11 @@
 """What the probes of both classifiers share: a model, sentences, and a way to hand them over."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
+from dataclasses import asdict
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -40,6 +42,10 @@ def make_model() -> LenientLlama:
     """Make a small model of ours with fixed weights."""
     model = deepcopy(_filled_model())
     model.tie_weights()
+    # A config that takes further attributes, as the course's does.
+    names = (*asdict(CONFIG), "head_dim", "n_rep")
+    config = SimpleNamespace(**{name: getattr(CONFIG, name) for name in names})
+    vars(model)["config"] = config
     return model
 
 
@@ -48,9 +54,22 @@ def last_real(tokens: Tensor) -> Tensor:
     return (tokens != PAD).sum(dim=-1) - 1
 
 
+class Words:
+    """A tokenizer that knows only the labels."""
+
+    bos_id, eos_id, pad_id, n_words = 1, 2, PAD, CONFIG.vocab_size
+
+    def __init__(self, ids: dict[str, list[int]]) -> None:
+        self.ids = ids
+
+    def encode(self, text: str, bos: bool = False, eos: bool = False, **_: object) -> list[int]:
+        """Return a label's ids, with BOS and EOS if asked for."""
+        return [self.bos_id] * bos + self.ids[text.strip()] + [self.eos_id] * eos
+
+
 @contextmanager
 def pretrained(student: Student, model: Llama) -> Iterator[None]:
-    """Let a student's `load_pretrained` return our model, for a while."""
+    """Let a student's `load_pretrained` give our model, and `Tokenizer` need no file."""
 
     def load(*_: object, **__: object) -> Llama:
         return model
@@ -58,5 +77,10 @@ def pretrained(student: Student, model: Llama) -> Iterator[None]:
     modules = [student.module("classifier"), student.module("llama")]
     original: Callable[..., Any] | None = getattr(modules[1], "load_pretrained", None)
     original = getattr(modules[0], "load_pretrained", original)
-    with replaced(modules[0], original, load), replaced(modules[1], original, load):
+    tokenizer = getattr(modules[0], "Tokenizer", None)
+    with (
+        replaced(modules[0], original, load),
+        replaced(modules[1], original, load),
+        replaced(modules[0], tokenizer, lambda *_, **__: Words({})) if tokenizer else nullcontext(),
+    ):
         yield

@@ -20,6 +20,7 @@ from beyond.classroom.part import (
 from beyond.classroom.parts.sentences import (
     PADDED,
     UNPADDED,
+    Words,
     last_real,
     make_model,
     pretrained,
@@ -33,19 +34,6 @@ TOLERANCE = 1e-4  # of sums of log-probabilities between -50 and 0
 ONE_TOKEN = {"fair": [8], "poor": [12], "fine": [17], "dull": [5], "great": [10]}
 SEVERAL_TOKENS = {"fair": [8, 15], "poor": [12], "lovely": [17, 5, 11]}
 Make = Callable[[Llama, dict[str, list[int]]], nn.Module]
-
-
-class Words:
-    """A tokenizer that knows only the labels."""
-
-    bos_id, eos_id, pad_id, n_words = 1, 2, 3, 19
-
-    def __init__(self, ids: dict[str, list[int]]) -> None:
-        self.ids = ids
-
-    def encode(self, text: str, bos: bool = False, eos: bool = False, **_: object) -> list[int]:
-        """Return a label's ids, with BOS and EOS if asked for."""
-        return [self.bos_id] * bos + self.ids[text.strip()] + [self.eos_id] * eos
 
 
 def make_with(cls: type[LlamaZeroShotClassifier]) -> Make:

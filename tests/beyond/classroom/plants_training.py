@@ -114,6 +114,13 @@ COURSE_GENERATE: tuple[Row, ...] = (
         "            idx = torch.cat((idx, idx_next), dim=1)\n        return idx\n",
         "            idx = torch.cat((idx, idx_next), dim=1)\n            return idx\n",
     ),
+    (
+        "nucleus sampling (top-p)",
+        PROBS,
+        "ranked, order = (logits / temperature).softmax(-1).sort(descending=True)\n"
+        "                ranked[:, 1:] *= ranked.cumsum(-1)[:, 1:] < 0.9\n"
+        "                probs = torch.zeros_like(ranked).scatter(1, order, ranked)",
+    ),
     ("not cropped", "context = idx[:, -self.params.max_seq_len :]", "context = idx"),
     (
         "nucleus sampling (top-p)",
@@ -169,6 +176,11 @@ OURS_ADAMW: tuple[Row, ...] = (
         "step_size *= (1 - beta1**step) / (1 - beta2**step) ** 0.5",
     ),
     ("correct_bias=False has no effect", 'if group["correct_bias"]:', "if True:"),
+    (
+        "correct_bias=False corrects the second moment",
+        STEP_SIZE,
+        f"{STEP_SIZE}\n        else:\n            step_size *= (1 - beta2**step) ** 0.5",
+    ),
     (
         "correct_bias=False ends in an error",
         'step_size = group["lr"]\n        if group["correct_bias"]:',
@@ -255,6 +267,17 @@ OURS_ADAMW: tuple[Row, ...] = (
         FIRST,
         'grads = torch._foreach_add(grads, parameters, alpha=group["weight_decay"])\n'
         f"        {NO_DECAY}\n        {FIRST}",
+    ),
+    (
+        "weight decay twice",
+        FIRST,
+        'grads = torch._foreach_add(grads, parameters, alpha=group["weight_decay"])\n'
+        f"        {FIRST}",
+    ),
+    (
+        "weight decay times lr / (1 - beta1^t)",
+        DECAY,
+        DECAY.replace('group["lr"]', 'group["lr"] / (1 - beta1**step)'),
     ),
     ("weight decay not times lr", DECAY, DECAY.replace('group["lr"] * ', "")),
     (
@@ -398,6 +421,7 @@ OURS_CLASSIFIER: tuple[Row, ...] = (
     ),
     ("softmax over the batch", HEAD, HEAD.replace("dim=-1", "dim=0")),
     ("first column", *pooled("hidden[:, 0]")),
+    ("second column", *pooled("hidden[:, 1]")),
     ("column before the last", *pooled("hidden[:, -2]")),
     ("mean of all columns", *pooled("hidden.mean(dim=1)")),
     (

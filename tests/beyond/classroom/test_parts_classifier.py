@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from beyond.classroom.part import difference, expected_of, observe_seeded
+from beyond.classroom.part import difference, examine, expected_of, observe_seeded
 from beyond.classroom.parts.classifier import PART, describe_dropout, make_with
 from beyond.classroom.parts.classifier_mistakes import Steps
+from beyond.classroom.student import Student
+from tests.beyond.classroom.planting import sources, write
 from tests.beyond.classroom.styles import examine_with
 
 RUN = "_, hidden_states = self.llama(input_ids)\n"
@@ -46,6 +48,10 @@ STYLES = {
     "a mask handed to the model": (
         RUN,
         "_, hidden_states = self.llama(input_ids, attention_mask=input_ids != 3)\n",
+    ),
+    "an option in the model's config": (
+        "self.dropout = ",
+        "self.llama.config.use_causal_mask = False; self.dropout = ",
     ),
     "a head by another name": (
         f"{HEAD}        {RESULT}",
@@ -89,6 +95,15 @@ def test_what_cannot_be_examined_is_said(old: str, new: str, message: str, tmp_p
     finding = examine_with(PART, tmp_path, "classifier.py", old, new)
     assert finding.status == "error"
     assert message in finding.text
+
+
+def test_a_classifier_may_make_a_tokenizer_whose_file_is_not_here(tmp_path: Path) -> None:
+    files = sources("course")
+    files["tokenizer.py"] = "class Tokenizer:\n    def __init__(self):\n        open('no.model')\n"
+    text = files["classifier.py"]
+    text = text.replace("self.dropout =", "self.pad = Tokenizer().pad_id; self.dropout =")
+    files["classifier.py"] = f"from tokenizer import Tokenizer\n{text}"
+    assert examine(PART, Student(write(tmp_path, files))).status == "ok"
 
 
 def test_two_mistakes_are_both_named(tmp_path: Path) -> None:
