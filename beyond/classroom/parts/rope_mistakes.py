@@ -21,6 +21,8 @@ from beyond.classroom.parts.rope_variants import (
     turn_back,
     turn_concatenated,
     turn_halves,
+    turn_halves_by_pairs,
+    turn_pairs_by_halves,
     turn_products_only,
     turn_sine_for_cosine,
     turn_swapped,
@@ -39,6 +41,20 @@ VARIANTS: tuple[Variant, ...] = (
         "Features i and i + head_dim / 2 are rotated together, as in Hugging Face's Llama. The "
         "course's checkpoint was trained with features 2i and 2i + 1 as a pair, so its queries and "
         "keys no longer match. Split with reshape(..., -1, 2).",
+    ),
+    entry(
+        rotation(turn_pairs_by_halves),
+        WHERE,
+        "features rotated in pairs, by angles in the order of halves",
+        "torch.cat((angles, angles)) belongs to the rotation of halves. For pairs, each angle is "
+        "needed twice in a row: angles.repeat_interleave(2, dim=-1).",
+    ),
+    entry(
+        rotation(turn_halves_by_pairs),
+        WHERE,
+        "features rotated as halves, by angles in the order of pairs",
+        "torch.cat((-second half, first half)) is Hugging Face's rotation of halves. For pairs, "
+        "stack (-imaginary, real) on a new last axis and flatten.",
     ),
     entry(
         rotation(turn_swapped),

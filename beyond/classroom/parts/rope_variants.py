@@ -52,6 +52,18 @@ def turn_halves(x: Tensor, angle: Tensor) -> Tensor:
     return torch.cat((real * cos - imag * sin, real * sin + imag * cos), dim=-1)
 
 
+def turn_pairs_by_halves(x: Tensor, angle: Tensor) -> Tensor:
+    angle = torch.cat((angle, angle), dim=-1)[:, None]
+    rotated = join(-x[..., 1::2], x[..., ::2])
+    return x * angle.cos() + rotated * angle.sin()
+
+
+def turn_halves_by_pairs(x: Tensor, angle: Tensor) -> Tensor:
+    angle = angle.repeat_interleave(2, dim=-1)[:, None]
+    real, imag = x.chunk(2, dim=-1)
+    return x * angle.cos() + torch.cat((-imag, real), dim=-1) * angle.sin()
+
+
 def turn_swapped(x: Tensor, angle: Tensor) -> Tensor:
     real, imag, cos, sin = split(x, angle)
     return join(imag * cos - real * sin, imag * sin + real * cos)

@@ -173,6 +173,12 @@ VARIANTS: tuple[Variant, ...] = (
         "Axis 1 of query is the heads, the last axis head_dim; divide by the root of the latter.",
     ),
     entry(
+        variant(divisor=lambda ours: 1.0, mask=lambda scores: scores / scores.shape[-1] ** 0.5),
+        WHERE,
+        "scores divided by the root of the sequence's length",
+        "Divide by the root of head_dim, the last axis of query, whatever the length.",
+    ),
+    entry(
         variant(divisor=lambda ours: 1.0, soften=lambda scores: softmax(scores) / 8**0.5),
         WHERE,
         "scaled after the softmax",

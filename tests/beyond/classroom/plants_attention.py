@@ -58,6 +58,11 @@ BODIES: tuple[Row, ...] = (
         "        scores = query @ key.transpose(-2, -1) / query.size(1) ** 0.5\n",
     ),
     (
+        "scores divided by the root of the sequence's length",
+        LOGITS,
+        "        scores = query @ key.transpose(-2, -1) / query.size(-2) ** 0.5\n",
+    ),
+    (
         "scaled after the softmax",
         SOFTMAX,
         "        weights = F.softmax(query @ key.transpose(-2, -1), dim=-1)\n"

@@ -10,6 +10,20 @@ OURS_RESULT = "return _rotate(query, cos, sin), _rotate(key, cos, sin)"
 OURS_SIZES = "cos, sin = rotary_tables(head_dim, max_seq_len, theta, query.device)"
 OURS_ROPE: tuple[Row, ...] = (
     (
+        "features rotated in pairs, by angles in the order of halves",
+        OURS_UNBIND,
+        "cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)\n"
+        "    other = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)\n"
+        "    return x * cos + other * sin",
+    ),
+    (
+        "features rotated as halves, by angles in the order of pairs",
+        OURS_UNBIND,
+        "cos, sin = cos.repeat_interleave(2, -1), sin.repeat_interleave(2, -1)\n"
+        "    first, second = x.chunk(2, -1)\n"
+        "    return x * cos + torch.cat((-second, first), -1) * sin",
+    ),
+    (
         "rotates halves instead of pairs",
         OURS_UNBIND,
         "even, odd = x.float().chunk(2, -1)\n"
