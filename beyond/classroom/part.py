@@ -141,17 +141,30 @@ def _find_separate(part: Part, found: Observations) -> tuple[Mistake, ...]:
 
 
 def _find_combination(part: Part, found: Observations) -> tuple[Mistake, Mistake] | None:
-    """Find two mistakes of different steps that together give what was observed."""
+    """Find two mistakes of different steps that together give what was observed.
+
+    A pair is tried only if each probe that one of the two changes alone shows its values, but for
+    one where the other may have an effect too, and each that neither changes shows ours.
+    """
     if part.combine is None:
         return None
-    changed = [
-        (variant.mistake, subject.changes)
-        for variant in part.variants
-        for subject in (variant.subject, *variant.others)
+    ours = expected_of(part)
+    subjects = [s for variant in part.variants for s in (variant.subject, *variant.others)]
+    known = [
+        (mistake, subject.changes, disagreement(outcome, ours), disagreement(found, outcome))
+        for subject, (mistake, outcome) in zip(subjects, variants_of(part), strict=True)
         if hasattr(subject, "changes")
     ]
-    for (mistake, changes), (other, more) in combinations(changed, 2):
-        if changes.keys() & more.keys():
+    differing = disagreement(found, ours)
+    for (mistake, changes, first, unlike), (other, more, second, unlike_other) in combinations(
+        known, 2
+    ):
+        is_possible = (
+            differing <= first | second
+            and len((first - second) & unlike) <= 1
+            and len((second - first) & unlike_other) <= 1
+        )
+        if changes.keys() & more.keys() or not is_possible:
             continue
         try:
             outcome = observe_seeded(part, part.combine(**changes, **more))

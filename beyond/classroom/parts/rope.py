@@ -41,16 +41,19 @@ def observe(rotate: Rotate) -> Observations:
 
 
 def adapt(student: Student) -> Rotate:
-    """Return a student's function; theta is left out if it takes four arguments only."""
+    """Return a student's function; theta is left out if it has no such parameter."""
     function = find(student, "rope", "apply_rotary_emb")
-    parameters = inspect.signature(function).parameters.values()
-    takes_theta = len(parameters) > 4 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    names = [
+        parameter.name
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.name == "theta" or parameter.default == THETA
+    ]
 
     def rotate(
         query: Tensor, key: Tensor, head_dim: int, max_seq_len: int, theta: float
     ) -> tuple[Tensor, Tensor]:
-        other = (theta,) if takes_theta and theta != THETA else ()
-        return function(query, key, head_dim, max_seq_len, *other)
+        options = {name: theta for name in names[:1] if theta != THETA}
+        return function(query, key, head_dim, max_seq_len, **options)
 
     return rotate
 

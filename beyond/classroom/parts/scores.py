@@ -47,8 +47,8 @@ def observe(build: Build) -> Observations:
             value = torch.eye(seq).repeat(batch, n_kv_heads, 1, 2)
         return expect_tensor(scores(query, key, value), "the output")
 
-    kept = run(256, 4, 6)
-    trained, evaluated = run(256, 4, 6, RATE, train=True), run(256, 4, 6, RATE)
+    kept = run(64, 4, 6)
+    trained, evaluated = run(64, 4, 6, RATE, train=True), run(64, 4, 6, RATE)
     return {
         "output": Observed(run(3, 5, 6), 1e-4),
         "output with grouped heads": Observed(run(3, 5, 3), 1e-4),

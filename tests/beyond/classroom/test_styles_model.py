@@ -272,10 +272,14 @@ def test_a_config_that_is_causal_by_default_is_found_in_the_scores(tmp_path: Pat
     assert {finding.status for finding in found.values()} == {"ok"}
 
 
-def test_theta_under_another_name_is_ok(tmp_path: Path) -> None:
-    text = course.ROPE.replace("theta", "base")
+@pytest.mark.parametrize(
+    "signature", ["base: float = 10000.0", "offset=0, base=10000", "*, base=1e4", "base"]
+)
+def test_theta_under_another_name(signature: str, tmp_path: Path) -> None:
+    text = course.ROPE.replace("theta: float = 10000.0", signature).replace("theta", "base")
     assert text.count("base") == 2
-    assert examine_files("rope", tmp_path, {**course.FILES, "rope.py": text}) == ("ok", "")
+    status, text = examine_files("rope", tmp_path, {**course.FILES, "rope.py": text})
+    assert (status, text) == ("ok", "") if "=" in signature else status == "error"
 
 
 MASK = "mask = torch.full((tokens.shape[1], tokens.shape[1]), float('-inf')).triu(1)"
