@@ -166,6 +166,19 @@ def last_rows(seq: int, head_dim: int, theta: float) -> Tensor:
     return angles(MAX_SEQ_LEN, head_dim, theta)[-seq:]
 
 
+def exchanged(
+    query: Tensor, key: Tensor, rotated: Tensor, rotated_key: Tensor
+) -> tuple[Tensor, Tensor]:
+    return rotated.transpose(1, 2), rotated_key.transpose(1, 2)
+
+
+def exchanged_after_reshape(
+    query: Tensor, key: Tensor, rotated: Tensor, rotated_key: Tensor
+) -> tuple[Tensor, Tensor]:
+    rotated, rotated_key = exchanged(query, key, rotated, rotated_key)
+    return exchanged(query, key, rotated.reshape(query.shape), rotated_key.reshape(key.shape))
+
+
 def key_like_query(
     query: Tensor, key: Tensor, rotated: Tensor, rotated_key: Tensor
 ) -> tuple[Tensor, Tensor]:
