@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from beyond.classroom.adapters import find
 from beyond.classroom.part import Observations, Observed, Part
-from beyond.classroom.parts.adamw_mistakes import VARIANTS, WHERE
+from beyond.classroom.parts.adamw_mistakes import VARIANTS, WHERE, combine
 from beyond.classroom.parts.probes import attempt, normal
 from beyond.classroom.student import Student
 from optimizer import AdamW
@@ -165,4 +165,4 @@ def observe(make: Make) -> Observations:
     return values | {name: Observed(value, 1e-3) for name, value in flags.items()}
 
 
-PART = Part("AdamW", WHERE, AdamW, VARIANTS, observe, adapt)
+PART = Part("AdamW", WHERE, AdamW, VARIANTS, observe, adapt, combine)

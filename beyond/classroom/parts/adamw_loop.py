@@ -43,6 +43,7 @@ class Loop(Optimizer):
                 self.update(parameter, grad, state, self.options(group))
 
     skips_none = True
+    changes: dict[str, Any]  # of a variant that can be combined with others
 
     def begin(self) -> None:
         pass

@@ -1,5 +1,6 @@
 """Wrong variants of `AdamW`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,10 +12,24 @@ from beyond.classroom.parts.adamw_loop import Group, Loop
 WHERE = "optimizer.py, AdamW.step"
 
 
+# Of the steps that these methods are, two mistakes are looked for together.
+COMBINED = {"correct", "always_corrects", "divisor", "change_gradient", "decay"}
+
+
+def combine(**methods: Any) -> type[Loop]:
+    """Make an optimizer with other methods than `Loop`."""
+    changes = {"changes": methods} if methods.keys() <= COMBINED else {}
+    return type("Variant", (Loop,), {**methods, **changes})
+
+
 def _corrected_both(loop: Loop, v: Tensor, group: Group, t: int) -> Tensor:
     """Correct both moments, besides the step size."""
     if not group["correct_bias"]:
         return v.sqrt() + group["eps"]
+    return _always_corrected_both(loop, v, group, t)
+
+
+def _always_corrected_both(loop: Loop, v: Tensor, group: Group, t: int) -> Tensor:
     beta1, beta2 = group["betas"]
     return (v / (1 - beta2**t)).sqrt().add(group["eps"]) * (1 - beta1**t)
 
@@ -54,9 +69,24 @@ def _fail_if_false(loop: Loop, group: Group) -> Group:
     return group
 
 
-def _entry(name: str, why: str, seen: str = "", is_note: bool = False, **methods: Any) -> Variant:
-    mistake = Mistake(name, WHERE, why, seen, is_note=is_note)
-    return Variant(mistake, type("Variant", (Loop,), methods))
+def _entry(
+    name: str,
+    why: str,
+    seen: str = "",
+    is_note: bool = False,
+    others: Sequence[dict[str, Any]] = (),
+    **methods: Any,
+) -> Variant:
+    """Make an entry whose variants have other methods than `Loop`.
+
+    If the bias correction is wrong, so is one that is made whatever group["correct_bias"] says.
+    """
+    if "correct" in methods:
+        others = [*others, {**methods, "always_corrects": True}]
+    subjects = [combine(**changes) for changes in (methods, *others)]
+    return Variant(
+        Mistake(name, WHERE, why, seen, is_note=is_note), subjects[0], tuple(subjects[1:])
+    )
 
 
 INVISIBLE = "The course's test does not see it, because its weight decay is 1e-4."
@@ -72,6 +102,11 @@ VARIANTS = (
         "bias corrected twice (both forms mixed)",
         "The moments are divided by 1 - beta^t and the step size is corrected too. Use one form: "
         "the assignment asks for the efficient one, which corrects the step size only.",
+        "alpotekhin",
+        others=[
+            {"divisor": _always_corrected_both},
+            {"divisor": _always_corrected_both, "always_corrects": True},
+        ],
         divisor=_corrected_both,
     ),
     _entry(

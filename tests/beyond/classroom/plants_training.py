@@ -317,6 +317,17 @@ COURSE_ADAMW: tuple[Row, ...] = (
         "                    m, v = m / (1 - beta1**t), v / (1 - beta2**t)\n"
         '                p.data.add_(-alpha * m / (v.sqrt() + group["eps"]))',
     ),
+    (  # whatever correct_bias says
+        "bias corrected twice (both forms mixed)",
+        CHANGE,
+        'm, v = state["m"] / (1 - beta1**t), state["v"] / (1 - beta2**t)\n'
+        '                p.data -= alpha * m / (v.sqrt() + group["eps"])',
+    ),
+    (
+        "only the first moment's bias corrected",
+        f'if group["correct_bias"]:\n                    {ALPHA}',
+        "alpha = alpha / (1 - beta1**t)",
+    ),
     (
         "eps added after the bias correction",
         f'if group["correct_bias"]:\n                    {ALPHA}\n                {CHANGE}',

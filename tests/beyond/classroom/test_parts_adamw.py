@@ -102,6 +102,23 @@ def test_the_forms_of_torch_are_named_but_only_the_decay_is_a_mistake(tmp_path: 
     assert "; and: correct_bias=False has no effect" in finding.text
 
 
+def test_two_mistakes_that_show_in_the_same_probes_are_both_named(tmp_path: Path) -> None:
+    """The decay in the gradient goes through moments whose bias is corrected twice."""
+    old = OPTIMIZER[OPTIMIZER.index(MOMENTS) : OPTIMIZER.index("        return loss")]
+    lines = (
+        'grad = grad + group["weight_decay"] * p.data',
+        MOMENTS.strip(),
+        'm, v = state["m"] / (1 - beta1**t), state["v"] / (1 - beta2**t)',
+        'alpha = group["lr"]',
+        f'if group["correct_bias"]:{LINE}    {ALPHA}',
+        'p.data = p.data - alpha * m / (torch.sqrt(v) + group["eps"])',
+    )
+    finding = examine_with(PART, tmp_path, "optimizer.py", old, LINE.join(lines) + "\n")
+    assert finding.status == "mistake"
+    assert "bias corrected twice (both forms mixed)" in finding.text
+    assert "weight decay inside the gradient (L2)" in finding.text
+
+
 def test_the_course_s_own_test_accepts_the_plain_form() -> None:
     """The remark says so: 1,000 steps of the course's test stay within its tolerance."""
 
