@@ -119,7 +119,7 @@ def test_a_script_without_arguments_refuses_them(
         assert caught.value.code == 0 and err == "" and f"usage: {script}" in out
     else:
         assert (caught.value.code, out) == (2, "")
-        assert err.startswith(f"{script}: error: unrecognized arguments: {argument}; this script")
+        assert err.startswith(f"{script}: error: unrecognized arguments: {argument}")
         assert err.count("\n") == 1
 
 

@@ -1,0 +1,77 @@
+"""The part `Llama.forward`: its probes. The layers and the final norm are ours."""
+
+import torch
+from torch import Tensor, nn
+
+from beyond.classroom.adapters import make_model
+from beyond.classroom.part import AdaptError, Observations, Observed, Part, expect_tensor
+from beyond.classroom.parts.model_mistakes import VARIANTS, WHERE, Build, Forward, variant
+from beyond.classroom.parts.probes import dropout_pattern, fill
+from beyond.classroom.student import Student
+from config import LlamaConfig
+from llama import Llama
+
+RATE = 0.25
+
+
+class _Mix(nn.Module):
+    """Stands for a layer: adds each feature's neighbour, so that a dropout before it shows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x.roll(1, -1)
+
+
+def make(rate: float = 0.0, train: bool = False, layer: nn.Module | None = None) -> Llama:
+    """Make a small model; if `layer` is given, it stands for every layer, and there is no norm."""
+    config = LlamaConfig(
+        vocab_size=13, dim=16, n_layers=3, n_heads=2, hidden_dim=24, max_seq_len=16, dropout=rate
+    )
+    model = fill(Llama(config), 0.3)
+    if layer is not None:
+        model.layers = nn.ModuleList([layer] * 3)
+        model.add_module("norm", nn.Identity())
+    for module in model.children():
+        module.eval()
+    model.training = train
+    model.dropout.train(train)
+    return model
+
+
+def observe(build: Build) -> Observations:
+    """Run the model without and with targets, then its dropout on the embeddings."""
+    tokens = torch.arange(15).reshape(3, 5) * 7 % 13
+
+    def run(forward: Forward, tokens: Tensor, targets: Tensor | None = None) -> list[Tensor]:
+        result = forward(tokens) if targets is None else forward(tokens, targets=targets)
+        if result is None:
+            raise NotImplementedError("Llama.forward returns None")
+        if not isinstance(result, tuple | list) or len(result) < 2:
+            raise AdaptError("Llama.forward does not return a pair, logits and hidden states")
+        return [
+            expect_tensor(result[0], "logits"),
+            expect_tensor(result[1], "the hidden states"),
+        ]
+
+    def pattern(name: str, train: bool, layer: nn.Module) -> Observations:
+        """Describe what the model's dropout did to the hidden states."""
+        many = tokens.repeat(20, 1)
+        dropped = run(build(make(RATE, train, layer)), many)[1]
+        kept = run(build(make(0.0, False, layer)), many)[1]
+        return dropout_pattern(name, dropped, kept, RATE)
+
+    logits, hidden = run(build(make()), tokens)
+    return {
+        "logits": Observed(logits, 1e-3),
+        "hidden states": Observed(hidden, 1e-3),
+        "logits with targets": Observed(run(build(make()), tokens, tokens)[0], 1e-3),
+        **pattern("dropout in training", True, nn.Identity()),
+        **pattern("dropout in training, neighbours added", True, _Mix()),
+        **pattern("dropout in evaluation", False, nn.Identity()),
+    }
+
+
+def adapt(student: Student) -> Build:
+    return lambda ours: make_model(student, ours)
+
+
+PART = Part("Llama.forward", WHERE, lambda model: model, VARIANTS, observe, adapt, variant)
