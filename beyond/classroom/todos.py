@@ -209,8 +209,8 @@ mistakes (`beyond/classroom/`).
             "    refuse_lacking(argv)\n    parser = build_parser()\n",
         ),
         (
-            "from beyond.options import (\n",
-            "from beyond.methods.options import refuse_lacking\nfrom beyond.options import (\n",
+            "from beyond.methods.options import MethodOptions\n",
+            "from beyond.methods.options import MethodOptions, refuse_lacking\n",
         ),
         (
             '"Flags may be written with - or _ inside."',

@@ -10,7 +10,7 @@ from typing import ClassVar
 LACKS = (
     *("top_k", "top_p", "quantize"),
     *("no_trailing_space", "calibrate"),
-    *("pooling", "pool_layer", "head", "label_smoothing"),
+    *("recipe", "pooling", "pool_layer", "head", "label_smoothing"),
     *("warmup", "linear_decay", "layer_decay", "weight_decay", "max_grad_norm", "ema", "patience"),
     *("freeze_backbone", "lora_rank", "lora_alpha", "lora_matrices"),
     *("smart", "r_drop", "mixout", "wise_ft"),
@@ -21,7 +21,7 @@ def refuse_lacking(words: Iterable[str]) -> None:
     """Raise ValueError if a word of a command line is a flag that the starter lacks."""
     for word in words:
         name = word.partition("=")[0].removeprefix("--").replace("-", "_")
-        if word.startswith("--") and name in LACKS:
+        if word.startswith("--") and {name, name.removeprefix("no_")} & {*LACKS}:
             raise ValueError(f"the starter lacks --{name}")
 
 
@@ -35,6 +35,7 @@ class ZeroShotOptions:
 class MethodOptions:
     """Options that change how `--option finetune` trains."""
 
+    recipe: ClassVar[None] = None
     patience: ClassVar[int] = 0
 
     def check_method(self) -> None:
