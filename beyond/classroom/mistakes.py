@@ -30,7 +30,7 @@ own part, and a wrong variant of it for each entry below.
 |---|---|
 | those of this project's own part | `ok`, whatever the code looks like |
 | those of a wrong variant | `mistake`, and the entry below |
-| of two variants that show in different probes | `mistake`, and both entries |
+| those of two or three mistakes together | `mistake`, and each entry, if it recognises them |
 | others | `wrong`: where the difference is largest, and which variant is closest |
 | none, because it is not written yet | `todo` |
 
