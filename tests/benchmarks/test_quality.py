@@ -323,9 +323,8 @@ def one_long_run(changed: Change) -> Run:
     return runs_of(plan, "screen")[0]
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.sweep)]
-)
+@pytest.mark.sweep
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_real_signal_loses_nothing(place: Path, changed: Change, number: int) -> None:
     """After SIGKILL the run ends too, and both continue in the middle of it."""
     run = one_long_run(changed)

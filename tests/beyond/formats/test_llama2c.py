@@ -427,7 +427,7 @@ def test_weights_that_are_not_finite_are_errors(version: int, tmp_path: Path) ->
 
 
 @settings(
-    max_examples=200,
+    max_examples=50,  # the fuzz sweep tries hundreds
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
