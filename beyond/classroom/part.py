@@ -107,20 +107,34 @@ def judge(part: Part, found: Observations) -> Finding:
         return Finding(part.name, "ok")
     variants = variants_of(part)
     for mistake, outcome in variants:
-        if not disagreement(found, outcome):
+        if agrees(found, outcome):
             return _finding(part, (mistake,))
     pair = _find_separate(part, found) or _find_combination(part, found)
     if pair:
         return _finding(part, pair)
     text = f"wrong in a way that is not in the catalogue: {difference(found, ours)[2]}"
-    ranked = [
-        (len(disagreement(found, outcome)), difference(found, outcome)[0], mistake.name)
-        for mistake, outcome in variants
-    ]
-    if ranked and (closest := min(ranked))[0] < len(found):
-        agreeing = f"{len(found) - closest[0]} of {len(found)}"
-        text += f"; closest: {closest[2]} (the same in {agreeing} probes)"
-    return Finding(part.name, "unknown", text)
+    return Finding(part.name, "unknown", text + _closest(part, found))
+
+
+def _closest(part: Part, found: Observations) -> str:
+    """Name the entry that is like what was found in most of the probes that tell them from ours.
+
+    Only an entry that is the same in more than half of them is named, and none if a shape is wrong.
+    """
+    ours = expected_of(part)
+    differing = disagreement(found, ours)
+    if any(found[probe].value.shape != ours[probe].value.shape for probe in differing):
+        return ""
+    best = (0.5, 0, "")
+    for mistake, outcome in variants_of(part):
+        telling = differing | disagreement(outcome, ours)
+        same = telling - disagreement(found, outcome)
+        if len(same) / len(telling) > best[0]:
+            best = (len(same) / len(telling), len(telling), mistake.name)
+    share, number, name = best
+    if not name:
+        return ""
+    return f"; closest: {name} (the same in {round(share * number)} of {number} probes that differ)"
 
 
 def _find_separate(part: Part, found: Observations) -> tuple[Mistake, ...]:
@@ -170,7 +184,7 @@ def _find_combination(part: Part, found: Observations) -> tuple[Mistake, Mistake
             outcome = observe_seeded(part, part.combine(**changes, **more))
         except Exception:
             continue  # the two do not go together
-        if not disagreement(found, outcome):
+        if agrees(found, outcome):
             return mistake, other
     return None
 
@@ -232,6 +246,8 @@ def _compare(found: Tensor, expected: Observed, probe: str) -> tuple[float, str]
     if found.shape != expected.value.shape:
         shapes = f"found {tuple(found.shape)}, expected {tuple(expected.value.shape)}"
         return float("inf"), f"{probe} has another shape: {shapes}"
+    if torch.equal(found, expected.value):
+        return 0.0, ""
     left, right = found.double().flatten(), expected.value.double().flatten()
     same = (left == right) | (left.isnan() & right.isnan())
     # A difference with NaN in it is NaN, and counts as infinite.
@@ -252,6 +268,11 @@ def disagreement(found: Observations, expected: Observations) -> frozenset[str]:
     return frozenset(
         probe for probe in expected if _compare(found[probe].value, expected[probe], probe)[0] > 1
     )
+
+
+def agrees(found: Observations, expected: Observations) -> bool:
+    """Say whether all probes are the same."""
+    return all(_compare(found[probe].value, expected[probe], probe)[0] <= 1 for probe in expected)
 
 
 def expect_tensor(value: object, what: str) -> Tensor:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from beyond.classroom.part import Variant
-from beyond.classroom.parts.probes import entry, keep_changes
+from beyond.classroom.parts.probes import BROKEN, NO_GRADIENT, broken, entry, keep_changes
 from llama import Attention
 from rope import apply_rotary_emb
 
@@ -250,5 +250,22 @@ VARIANTS: tuple[Variant, ...] = (
         WHERE,
         "dropout before the output projection",
         "Apply self.resid_dropout to the result of compute_output, not to its input.",
+    ),
+    entry(
+        variant(finish=lambda ours, output, x: finish(ours, output, x).detach()),
+        WHERE,
+        "no gradient for the input, or only a part of it",
+        NO_GRADIENT,
+        others=(
+            variant(finish=lambda ours, output, x: finish(ours, output.detach(), x)),
+            variant(project=lambda ours, x: project(ours, x.detach())),
+            variant(rotate=lambda ours, query, key: rotate(ours, query.detach(), key.detach())),
+        ),
+    ),
+    entry(
+        variant(finish=lambda ours, output, x: broken(finish(ours, output, x))),
+        WHERE,
+        "an in-place operation breaks the gradient",
+        BROKEN,
     ),
 )

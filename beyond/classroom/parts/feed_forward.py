@@ -8,7 +8,16 @@ from torch import Tensor, nn
 
 from beyond.classroom.adapters import make_feed_forward, refuse_unwritten
 from beyond.classroom.part import Observations, Observed, Part, Variant, expect_tensor
-from beyond.classroom.parts.probes import dropout_pattern, entry, fill, normal
+from beyond.classroom.parts.probes import (
+    BROKEN,
+    NO_GRADIENT,
+    broken,
+    dropout_pattern,
+    entry,
+    fill,
+    gradients,
+    normal,
+)
 from beyond.classroom.student import Student
 from config import LlamaConfig
 from llama import FeedForward
@@ -20,12 +29,14 @@ Build = Callable[[FeedForward, LlamaConfig], Callable[[Tensor], Tensor]]
 
 
 def observe(build: Build) -> Observations:
-    """Run the network, then with dropout, training and not."""
+    """Run the network, with dropout, training and not, and gradients."""
+
+    def make(rate: float, train: bool) -> Callable[[Tensor], Tensor]:
+        config = LlamaConfig(dim=16, n_heads=2, hidden_dim=24, multiple_of=4, dropout=rate)
+        return build(fill(FeedForward(config), 0.3).train(train), config)
 
     def run(batch: int, rate: float = 0.0, train: bool = False) -> Tensor:
-        config = LlamaConfig(dim=16, n_heads=2, hidden_dim=24, multiple_of=4, dropout=rate)
-        ours = fill(FeedForward(config), 0.3).train(train)
-        return expect_tensor(build(ours, config)(normal(batch, 5, 16, seed=1)), "the output")
+        return expect_tensor(make(rate, train)(normal(batch, 5, 16, seed=1)), "the output")
 
     kept = run(64)
     trained, evaluated = run(64, RATE, train=True), run(64, RATE)
@@ -33,6 +44,7 @@ def observe(build: Build) -> Observations:
         "output": Observed(run(3), 1e-4),
         **dropout_pattern("dropout in training", trained, kept, RATE),
         **dropout_pattern("dropout in evaluation", evaluated, kept, RATE),
+        **gradients(lambda x: (make(0.0, True)(x),), {"the input": normal(2, 5, 16, seed=1)}),
     }
 
 
@@ -150,6 +162,22 @@ VARIANTS: tuple[Variant, ...] = (
         WHERE,
         "dropout on the hidden layer",
         "Apply self.dropout to the result of w2, not to its input.",
+    ),
+    entry(
+        lambda ours, config: lambda x: ours(x).detach(),
+        WHERE,
+        "no gradient for the input, or only a part of it",
+        NO_GRADIENT,
+        others=(
+            hidden(lambda gate, up: F.silu(gate).detach() * up),
+            hidden(lambda gate, up: F.silu(gate) * up.detach()),
+        ),
+    ),
+    entry(
+        lambda ours, config: lambda x: broken(ours(x)),
+        WHERE,
+        "an in-place operation breaks the gradient",
+        BROKEN,
     ),
 )
 

@@ -6,7 +6,14 @@ from torch import Tensor
 
 from beyond.classroom.adapters import make_layer
 from beyond.classroom.part import Observations, Observed, Part, Variant, expect_tensor
-from beyond.classroom.parts.probes import entry, fill, keep_changes, normal
+from beyond.classroom.parts.probes import (
+    NO_GRADIENT,
+    entry,
+    fill,
+    gradients,
+    keep_changes,
+    normal,
+)
 from beyond.classroom.student import Student
 from config import LlamaConfig
 from llama import LlamaLayer
@@ -17,10 +24,16 @@ Build = Callable[[LlamaLayer, LlamaConfig], Callable[[Tensor], Tensor]]
 
 
 def observe(build: Build) -> Observations:
-    """Run one layer."""
+    """Run one layer, forward and backward."""
     config = LlamaConfig(dim=16, n_heads=2, hidden_dim=24, multiple_of=4, max_seq_len=16)
+    x = normal(3, 5, 16, seed=1)
     layer = build(fill(LlamaLayer(0, config), 0.3), config)
-    return {"output": Observed(expect_tensor(layer(normal(3, 5, 16, seed=1)), "the output"), 1e-4)}
+    output = expect_tensor(layer(x.clone()), "the output")
+    trained = build(fill(LlamaLayer(0, config), 0.3).train(), config)
+    return {
+        "output": Observed(output, 1e-4),
+        **gradients(lambda x: (trained(x),), {"the input": x}),
+    }
 
 
 def adapt(student: Student) -> Build:
@@ -246,6 +259,29 @@ VARIANTS += (
         "The input is replaced by its norm, the feed-forward network gets attention_norm instead "
         "of ffn_norm, and ffn_norm is applied at the end. " + MISREAD,
         seen="epguo/11711-assignment1-minllama",
+    ),
+    entry(
+        variant(finish=lambda s: s.y.detach()),
+        WHERE,
+        "no gradient for the input, or only a part of it",
+        NO_GRADIENT,
+        others=(
+            variant(first_sum=lambda s: s.x + s.a.detach()),
+            variant(second_sum=lambda s: s.h + s.f.detach()),
+            variant(first_sum=lambda s: s.x.detach() + s.a),
+            variant(second_sum=lambda s: s.h.detach() + s.f),
+        ),
+    ),
+    entry(
+        variant(
+            first_sum=lambda s: s.x.add_(s.a),
+            second_sum=lambda s: s.h.add_(s.f),
+        ),
+        WHERE,
+        "an in-place addition breaks the gradient",
+        "x += attention(attention_norm(x)) changes x, which attention_norm needs for its gradient, "
+        "so the result is right but the backward pass raises an error. Make a new tensor: "
+        "h = x + attention(attention_norm(x)).",
     ),
 )
 

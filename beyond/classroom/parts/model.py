@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from beyond.classroom.adapters import make_model
 from beyond.classroom.part import AdaptError, Observations, Observed, Part, expect_tensor
 from beyond.classroom.parts.model_mistakes import VARIANTS, WHERE, Build, Forward, variant
-from beyond.classroom.parts.probes import dropout_pattern, fill
+from beyond.classroom.parts.probes import dropout_pattern, fill, gradients
 from beyond.classroom.student import Student
 from config import LlamaConfig
 from llama import Llama
@@ -38,7 +38,7 @@ def make(rate: float = 0.0, train: bool = False, layer: nn.Module | None = None)
 
 
 def observe(build: Build) -> Observations:
-    """Run the model without and with targets, then its dropout on the embeddings."""
+    """Run the model without and with targets, its dropout on the embeddings, and gradients."""
     tokens = torch.arange(15).reshape(3, 5) * 7 % 13
 
     def run(forward: Forward, tokens: Tensor, targets: Tensor | None = None) -> list[Tensor]:
@@ -59,6 +59,16 @@ def observe(build: Build) -> Observations:
         kept = run(build(make(0.0, False, layer)), many)[1]
         return dropout_pattern(name, dropped, kept, RATE)
 
+    def call(embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the model as in training, with these embeddings in the place of its own."""
+        model = make(train=True)
+        forward = build(model)
+        owner = forward if isinstance(forward, nn.Module) else model
+        vars(owner.tok_embeddings)["_parameters"].clear()
+        vars(owner.tok_embeddings)["weight"] = embeddings
+        return forward(tokens)[:2]
+
+    embeddings = {"the embeddings": make().tok_embeddings.weight.detach()}
     logits, hidden = run(build(make()), tokens)
     return {
         "logits": Observed(logits, 1e-3),
@@ -67,7 +77,13 @@ def observe(build: Build) -> Observations:
         **pattern("dropout in training", True, nn.Identity()),
         **pattern("dropout in training, neighbours added", True, _Mix()),
         **pattern("dropout in evaluation", False, nn.Identity()),
+        **named("logits", gradients(lambda x: call(x)[:1], embeddings)),
+        **named("hidden states", gradients(lambda x: call(x)[1:], embeddings)),
     }
+
+
+def named(start: str, observations: Observations) -> Observations:
+    return {f"{start}: {name}": observed for name, observed in observations.items()}
 
 
 def adapt(student: Student) -> Build:

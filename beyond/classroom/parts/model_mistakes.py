@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from beyond.classroom.part import Variant
-from beyond.classroom.parts.probes import entry, keep_changes
+from beyond.classroom.parts.probes import BROKEN, NO_GRADIENT, broken, entry, keep_changes
 from llama import Llama
 
 WHERE = "llama.py, Llama.forward"
@@ -204,6 +204,26 @@ VARIANTS: tuple[Variant, ...] = tuple(
             variant(embed=lambda model, tokens: model.tok_embeddings(tokens)),
             "no dropout on the embeddings",
             "Apply self.dropout to the embeddings.",
+        ),
+        (
+            variant(embed=lambda model, tokens: embed(model, tokens).detach()),
+            "no gradient for the embeddings",
+            NO_GRADIENT,
+        ),
+        (
+            variant(finish=lambda model, logits, hidden, before: (logits, hidden.detach())),
+            "no gradient for the hidden states",
+            NO_GRADIENT + " The classifiers train on the hidden states.",
+        ),
+        (
+            variant(finish=lambda model, logits, hidden, before: (logits.detach(), hidden)),
+            "no gradient for the logits",
+            NO_GRADIENT,
+        ),
+        (
+            variant(embed=lambda model, tokens: broken(embed(model, tokens))),
+            "an in-place operation breaks the gradient",
+            BROKEN,
         ),
         (
             variant(embed=drop_always),

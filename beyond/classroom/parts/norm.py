@@ -8,7 +8,17 @@ from torch import Tensor, nn
 
 from beyond.classroom.adapters import make_norm, refuse_unwritten
 from beyond.classroom.part import Observations, Observed, Part, Variant, expect_tensor
-from beyond.classroom.parts.probes import FAILED, attempt, entry, keep_changes, normal
+from beyond.classroom.parts.probes import (
+    BROKEN,
+    FAILED,
+    NO_GRADIENT,
+    attempt,
+    broken,
+    entry,
+    gradients,
+    keep_changes,
+    normal,
+)
 from beyond.classroom.student import Student
 from llama import RMSNorm
 
@@ -26,6 +36,11 @@ def observe(build: Build) -> Observations:
             ours.weight.data.copy_(gain)
         return expect_tensor(build(ours)(x.clone()), "the output of RMSNorm").float()
 
+    def changes_input() -> bool:
+        given = x.clone()
+        build(RMSNorm(DIM, 1e-6))(given)
+        return not torch.equal(given, x)
+
     # Rows of different size, so that a mean over several rows shows.
     x = normal(2, 5, DIM, seed=1) * torch.linspace(1, 3, 10).reshape(2, 5, 1)
     shifted = (run(x + 1) - run(x)).abs().max() < 1e-3
@@ -39,9 +54,13 @@ def observe(build: Build) -> Observations:
         "output": Observed(run(x), 1e-4),
         "output with a gain": Observed(run(x, gain=normal(DIM, seed=2)), 1e-4),
         "output of small inputs": Observed(run(0.1 * x, eps=0.05), 1e-4),
+        "output of tiny inputs, eps of 1e-5": Observed(run(1e-3 * x, eps=1e-5), 1e-4),
+        "output of large inputs": Observed(run(1e7 * x), 1e-4),
         "output of zeros": Observed(run(torch.zeros_like(x)), 1e-4),
         # A right implementation may round its result to float16: 1/1000 of at most 2.8.
         "output of float16 inputs": Observed(found, 5e-3),
+        "the input is changed": Observed(torch.tensor(float(changes_input())), 1e-3),
+        **gradients(lambda x: (build(RMSNorm(DIM, 1e-6).train())(x),), {"the input": x}),
         "LayerNorm": Observed(torch.tensor(float(shifted and is_layer_norm)), 1e-3),
     }
 
@@ -106,6 +125,32 @@ def torch_layer_norm(ours: RMSNorm) -> nn.Module:
     theirs = nn.LayerNorm(DIM, ours.eps)
     theirs.weight = ours.weight
     return theirs
+
+
+def fixed_eps(eps: float) -> Build:
+    return variant(root=lambda moment, _: (moment + eps).sqrt())
+
+
+def without_gradient(ours: RMSNorm) -> Callable[[Tensor], Tensor]:
+    return lambda x: ours.norm(x).detach() * ours.weight
+
+
+def in_place(ours: RMSNorm) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        y = x.float()  # x itself if it is float32
+        y *= torch.rsqrt(mean(y.pow(2)) + ours.eps)
+        return y.type_as(x) * ours.weight
+
+    return forward
+
+
+def in_place_unseen_by_autograd(ours: RMSNorm) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        y = ours(x.clone())
+        x.data.copy_(y)
+        return y
+
+    return forward
 
 
 VARIANTS: tuple[Variant, ...] = (
@@ -209,7 +254,8 @@ VARIANTS: tuple[Variant, ...] = (
         variant(moment=lambda x: mean(x).pow(2)),
         WHERE,
         "square of the mean instead of mean of the squares",
-        "Square first, then take the mean.",
+        "Square first, then take the mean: x.pow(2).mean(-1, keepdim=True).",
+        others=(variant(moment=lambda x: x.mean().pow(2)),),
     ),
     entry(
         variant(root=lambda moment, eps: moment.sqrt() + eps),
@@ -226,10 +272,18 @@ VARIANTS: tuple[Variant, ...] = (
         "A vector of zeros gives 0 / 0 = NaN. Add eps inside the root.",
     ),
     entry(
-        variant(root=lambda moment, eps: (moment + 1e-6).sqrt()),
+        fixed_eps(1e-6),
         WHERE,
         "ignores the argument eps",
         "A fixed small number takes its place. Use self.eps; the course's checkpoint has 1e-5.",
+        others=tuple(fixed_eps(eps) for eps in (1e-8, 1e-12, 1e-10, 1e-7, 1e-4, 1e-3)),
+    ),
+    entry(
+        fixed_eps(1e-5),
+        WHERE,
+        "adds 1e-5 whatever eps is",
+        "The course's model uses this value, but others do not; use self.eps.",
+        is_note=True,
     ),
     entry(
         variant(gain=lambda x, weight: x),
@@ -263,6 +317,36 @@ VARIANTS: tuple[Variant, ...] = (
         "The squares are summed in the dtype of x. In float16 they overflow above 255, and the "
         "result is 0. Convert x to float32 first, and the result back.",
         "PRESIDENT810/minllama-assignment",
+    ),
+    entry(
+        variant(root=lambda moment, eps: (moment + eps).sqrt().half().float()),
+        WHERE,
+        "root rounded to half precision",
+        "Only three digits of the root are left, and small or large ones become 0 or infinite. "
+        "Compute in float32, and convert the result back at the end.",
+        others=(variant(root=lambda moment, eps: 1 / (moment + eps).rsqrt().half().float()),),
+    ),
+    entry(
+        without_gradient,
+        WHERE,
+        "no gradient for the input",
+        NO_GRADIENT,
+        others=(variant(root=lambda moment, eps: (moment + eps).sqrt().detach()),),
+    ),
+    entry(
+        lambda ours: lambda x: broken(ours(x)),
+        WHERE,
+        "an in-place operation breaks the gradient",
+        BROKEN,
+    ),
+    entry(
+        in_place,
+        WHERE,
+        "changes its input in place",
+        "x *= ... or x.div_(...) changes the tensor that the layer adds later, so the residual "
+        "stream is normalised too, and the backward pass fails. x.float() makes no copy of a "
+        "float32 tensor. Return a new tensor: x * torch.rsqrt(...).",
+        others=(in_place_unseen_by_autograd,),
     ),
 )
 

@@ -1,14 +1,15 @@
-"""Helpers of the probes: fixed inputs, weights, and the pattern of a dropout."""
+"""Helpers of the probes: fixed inputs, weights, the pattern of a dropout, and gradients."""
 
 import inspect
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 
 import torch
 from torch import Tensor, nn
 
 from beyond.classroom.part import Mistake, Observed, Subject, Variant, expect_tensor
 
+STEP = 1e-3  # of a difference
 FAILED = torch.empty(0)  # what is observed of a probe that raised an error
 
 
@@ -71,7 +72,7 @@ def dropout_pattern(
     bound = 6 * (rate * (1 - rate) / max(1, is_used.sum().item() // copies)) ** 0.5
     blocks = ratios.unflatten(-1, (copies, -1))
     values = (
-        bool(is_zero.any()),
+        is_zero.float().mean().item() > 0.05,  # a few are zero by chance, or sums of zeros
         abs(is_zero.float().mean().item() - rate) < bound,
         bool(((others - 1 / (1 - rate)).abs() < 1e-3).all()),
         bool(((others - 1).abs() < 1e-3).all()),
@@ -81,6 +82,90 @@ def dropout_pattern(
         f"{name}: {statement}": Observed(torch.tensor(float(value)), 1e-3)
         for statement, value in zip(names, values, strict=True)
     }
+
+
+def slope_of(loss: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Compute the derivatives of a loss at x along two fixed directions, by central differences."""
+    slopes = []
+    for direction in (normal(*x.shape, seed=21), normal(*x.shape, seed=22)):
+        after, before = (loss(x + step * direction).item() for step in (STEP, -STEP))
+        slopes.append((after - before) / (2 * STEP))
+    return torch.tensor(slopes)
+
+
+def project(*outputs: Tensor) -> Tensor:
+    """Compute a fixed linear function of what a part returned, in double precision."""
+    terms = [
+        (output.double() * normal(*output.shape, seed=31 + number)).sum()
+        for number, output in enumerate(outputs)
+    ]
+    return torch.stack(terms).sum()
+
+
+def judge_gradient(gradient: Tensor | None, loss: Callable[[Tensor], Tensor], x: Tensor) -> float:
+    """Say whether a gradient is that of a loss at x: 1 or 0.
+
+    The comparison is with differences of the same loss, so a wrong part has a right gradient
+    unless something cuts it. The differences of float32 values are exact to about a percent; a cut
+    changes a slope by about itself.
+    """
+    slopes = slope_of(loss, x)
+    if not slopes.isfinite().all():
+        return 1.0  # the values themselves are wrong
+    found = torch.zeros(2)
+    if gradient is not None:
+        directions = (normal(*x.shape, seed=21), normal(*x.shape, seed=22))
+        found = torch.stack([(gradient * direction).sum() for direction in directions])
+    return float((found - slopes).norm() <= 0.1 * slopes.norm() + 0.01)
+
+
+def gradients(
+    run: Callable[..., tuple[Tensor, ...]], inputs: dict[str, Tensor]
+) -> dict[str, Observed]:
+    """Observe whether the gradient of a part's output reaches each of its inputs.
+
+    Args:
+        run: the part, as in training, but without dropout; it is given copies of all inputs.
+        inputs: by the name that the probe's name has.
+
+    Returns:
+        For each input 1 if its gradient is right, 0 if it is missing or wrong, and -1 for all if
+        the backward pass raises an error.
+    """
+    leaves = [x.clone().requires_grad_() for x in inputs.values()]
+    try:
+        loss = project(*run(*(leaf.clone() for leaf in leaves)))
+        if loss.requires_grad:
+            loss.backward()
+    except NotImplementedError:
+        raise
+    except Exception:
+        values = [-1.0] * len(leaves)
+    else:
+        values = [
+            judge_gradient(leaf.grad, partial(_loss_of, run, [*inputs.values()], number), x)
+            for number, (leaf, x) in enumerate(zip(leaves, inputs.values(), strict=True))
+        ]
+    return {
+        f"gradient of {name}": Observed(torch.tensor(value), 1e-3)
+        for name, value in zip(inputs, values, strict=True)
+    }
+
+
+def _loss_of(
+    run: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor], number: int, x: Tensor
+) -> Tensor:
+    copies = [other.clone() for other in inputs]
+    copies[number] = x.clone()
+    return project(*run(*copies)).detach()
+
+
+def broken(output: Tensor) -> Tensor:
+    """Return a tensor whose backward pass raises an error: what it needs is changed in place."""
+    saved = output.sigmoid()
+    result = output + 0 * saved
+    saved.mul_(1)
+    return result
 
 
 def keep_changes[**P](make: Callable[P, Subject]) -> Callable[P, Subject]:
@@ -110,3 +195,15 @@ def entry(
 ) -> Variant:
     """Make an entry of the catalogue."""
     return Variant(Mistake(name, where, why, seen, is_edition, is_note), subject, others)
+
+
+NO_GRADIENT = (
+    "The result is right, but the gradient stops there, so training does not reach what lies "
+    "before. Use no torch.no_grad(), .detach(), .data, .item(), .numpy() or torch.tensor(...) on "
+    "the way."
+)
+BROKEN = (
+    "The result is right, but the backward pass raises an error: an operation such as +=, *= or "
+    "x[...] = changes a tensor that an earlier operation needs for its gradient. Make a new tensor "
+    "instead: x = x + y."
+)

@@ -3,17 +3,20 @@
 from functools import partial
 
 from beyond.classroom.part import Variant
-from beyond.classroom.parts.probes import entry
+from beyond.classroom.parts.probes import BROKEN, NO_GRADIENT, broken, entry
 from beyond.classroom.parts.rope_variants import (
     after,
     angles,
     exchanged,
     exchanged_after_reshape,
     exponents,
+    fixed_base,
     fixed_theta,
+    in_one,
     integer_angles,
     integer_frequencies,
     key_like_query,
+    key_of_both,
     last_rows,
     rotation,
     transposed_angles,
@@ -24,8 +27,10 @@ from beyond.classroom.parts.rope_variants import (
     turn_concatenated,
     turn_halves,
     turn_halves_by_pairs,
+    turn_overwritten,
     turn_pairs_by_halves,
     turn_products_only,
+    turn_second_sign,
     turn_sine_for_cosine,
     turn_swapped,
     turn_swapped_output,
@@ -113,6 +118,23 @@ VARIANTS: tuple[Variant, ...] = (
         "direction shows only against a reference.",
     ),
     entry(
+        rotation(turn_second_sign),
+        WHERE,
+        "wrong sign in the imaginary part",
+        "The second feature of each pair becomes real * sin + imag * cos, with a plus; only the "
+        "first has a minus.",
+        others=in_one(turn_second_sign),
+    ),
+    entry(
+        rotation(turn_overwritten),
+        WHERE,
+        "second line reads what the first has overwritten",
+        "The real parts are written into the input, of which query_real is a view, so the "
+        "imaginary parts are computed from rotated values. Write into new tensors, or take copies "
+        "with clone() first.",
+        others=in_one(turn_overwritten),
+    ),
+    entry(
         rotation(turn_without_minus),
         WHERE,
         "no minus sign",
@@ -178,10 +200,19 @@ VARIANTS: tuple[Variant, ...] = (
         rotation(angles=fixed_theta),
         WHERE,
         "ignores theta",
-        "The base of the frequencies is always 10000. The course's model uses this value, but "
-        "others do not; use the argument.",
+        "The angles are those of theta = 10000 even when theta is something else: it is not used, "
+        "or tables of another theta are used again. The course's model has this value, so its "
+        "results are right.",
         "alpotekhin/minllama-assignment",
         is_note=True,
+    ),
+    entry(
+        fixed_base(1000.0),
+        WHERE,
+        "fixed base that is not 10000",
+        "The base of the frequencies is theta, 10000 unless the argument says otherwise. Use "
+        "theta.",
+        others=tuple(fixed_base(base) for base in (10.0, 100.0, 1e5, 5e5, 1e6)),
     ),
     entry(
         exponents(lambda pairs, d: -pairs / d),
@@ -246,6 +277,27 @@ VARIANTS: tuple[Variant, ...] = (
         "The function returns the query first, then the key.",
     ),
     entry(
+        key_of_both(lambda qr, qi, kr, ki: [kr, ki, kr, qi]),
+        WHERE,
+        "key computed from the query's parts too",
+        "One of the key's lines uses query_real or query_imag. Both lines take key_real and "
+        "key_imag.",
+        others=(
+            key_of_both(lambda qr, qi, kr, ki: [kr, ki, qr, ki]),
+            key_of_both(lambda qr, qi, kr, ki: [kr, qi, kr, ki]),
+            key_of_both(lambda qr, qi, kr, ki: [qr, ki, kr, ki]),
+            key_of_both(lambda qr, qi, kr, ki: [kr, ki, qr, qi]),
+            key_of_both(lambda qr, qi, kr, ki: [qr, qi, kr, ki]),
+        ),
+    ),
+    entry(
+        after(lambda q, k, *rotated: tuple(t.unflatten(-1, (-1, 2)) for t in rotated)),
+        WHERE,
+        "pairs stacked but not flattened",
+        "torch.stack(..., dim=-1) makes a new last axis of size 2. Flatten it, with flatten(-2) or "
+        "reshape(query.shape), so that the shape is the input's.",
+    ),
+    entry(
         after(exchanged),
         WHERE,
         "heads and positions exchanged in the result",
@@ -263,5 +315,29 @@ VARIANTS: tuple[Variant, ...] = (
         "tensor's own shape. The course's checkpoint has equal numbers, so its checks pass.",
         "madflytep/minllama-assignment, Sho-Shoo/minllama-assignment",
         is_note=True,
+    ),
+    entry(
+        after(lambda q, k, rotated, rotated_key: (rotated.detach(), rotated_key.detach())),
+        WHERE,
+        "no gradient for query and key",
+        NO_GRADIENT + " Here compute_query and compute_key are never trained.",
+    ),
+    entry(
+        after(lambda q, k, rotated, rotated_key: (rotated.detach(), rotated_key)),
+        WHERE,
+        "no gradient for the query",
+        NO_GRADIENT + " Here compute_query is never trained.",
+    ),
+    entry(
+        after(lambda q, k, rotated, rotated_key: (rotated, rotated_key.detach())),
+        WHERE,
+        "no gradient for the key",
+        NO_GRADIENT + " Here compute_key is never trained.",
+    ),
+    entry(
+        after(lambda q, k, rotated, rotated_key: (broken(rotated), broken(rotated_key))),
+        WHERE,
+        "an in-place operation breaks the gradient",
+        BROKEN,
     ),
 )

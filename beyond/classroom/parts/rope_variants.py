@@ -104,6 +104,17 @@ def turn_zeroed(x: Tensor, angle: Tensor, is_added: bool = False) -> Tensor:
     return real + imag if is_added else join(real, imag)
 
 
+def turn_second_sign(x: Tensor, angle: Tensor) -> Tensor:
+    real, imag, cos, sin = split(x, angle)
+    return join(real * cos - imag * sin, imag * cos - real * sin)
+
+
+def turn_overwritten(x: Tensor, angle: Tensor) -> Tensor:
+    real, imag, cos, sin = split(x, angle)
+    real = real * cos - imag * sin
+    return join(real, real * sin + imag * cos)
+
+
 def turn_added(x: Tensor, angle: Tensor) -> Tensor:
     return turn(x, angle).unflatten(-1, (-1, 2)).sum(dim=-1)
 
@@ -160,6 +171,41 @@ def transposed_angles(seq: int, head_dim: int, theta: float) -> Tensor:
 
 def fixed_theta(seq: int, head_dim: int, theta: float) -> Tensor:
     return angles(seq, head_dim, THETA)
+
+
+def fixed_base(base: float) -> Rotate:
+    return rotation(angles=lambda seq, head_dim, theta: angles(seq, head_dim, base))
+
+
+def in_one(wrong: Turn) -> tuple[Rotate, Rotate]:
+    """Rotate wrongly only the query, and only the key."""
+
+    def make(turn_query: Turn, turn_key: Turn) -> Rotate:
+        def rotate(
+            query: Tensor, key: Tensor, head_dim: int, max_seq_len: int, theta: float
+        ) -> tuple[Tensor, Tensor]:
+            angle = angles(query.shape[1], head_dim, theta)
+            return turn_query(query, angle), turn_key(key, angle)
+
+        return rotate
+
+    return make(wrong, turn), make(turn, wrong)
+
+
+def key_of_both(mix: Callable[[Tensor, Tensor, Tensor, Tensor], list[Tensor]]) -> Rotate:
+    """Rotate a key from parts chosen of the query's and the key's: two for each line."""
+
+    def rotate(
+        query: Tensor, key: Tensor, head_dim: int, max_seq_len: int, theta: float
+    ) -> tuple[Tensor, Tensor]:
+        angle = angles(query.shape[1], head_dim, theta)
+        query_parts, key_parts = split(query, angle)[:2], split(key, angle)
+        real, imag, other_real, other_imag = mix(*query_parts, *key_parts[:2])
+        cos, sin = key_parts[2:]
+        mixed = join(real * cos - imag * sin, other_real * sin + other_imag * cos)
+        return turn(query, angle), mixed
+
+    return rotate
 
 
 def last_rows(seq: int, head_dim: int, theta: float) -> Tensor:

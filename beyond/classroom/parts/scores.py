@@ -17,7 +17,7 @@ from beyond.classroom.adapters import (
     with_nones,
 )
 from beyond.classroom.part import Observations, Observed, Part, expect_tensor
-from beyond.classroom.parts.probes import dropout_pattern, fill, normal
+from beyond.classroom.parts.probes import dropout_pattern, fill, gradients, normal
 from beyond.classroom.parts.scores_mistakes import VARIANTS, WHERE, Build, Scores, variant
 from beyond.classroom.student import Student
 from config import LlamaConfig
@@ -34,7 +34,12 @@ SIZES: dict[str, Any] = {
 
 
 def observe(build: Build) -> Observations:
-    """Compute scores without and with grouped heads, then with dropout, training and not."""
+    """Compute scores without and with grouped heads, with dropout, then their gradients."""
+
+    def call(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor]:
+        config = LlamaConfig(n_kv_heads=key.shape[1], **SIZES)
+        scores = build(fill(Attention(config), 0.1).train())
+        return (scores(query, key, value),)
 
     def run(
         batch: int, seq: int, n_kv_heads: int, rate: float = 0.0, train: bool = False
@@ -54,6 +59,13 @@ def observe(build: Build) -> Observations:
         "output with grouped heads": Observed(run(3, 5, 3), 1e-4),
         **dropout_pattern("dropout in training", trained, kept, RATE, copies=2),
         **dropout_pattern("dropout in evaluation", evaluated, kept, RATE, copies=2),
+        **gradients(
+            call,
+            {
+                f"the {name}": normal(2, 6, 5, 8, seed=seed)
+                for seed, name in enumerate(("query", "key", "value"), 1)
+            },
+        ),
     }
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from beyond.classroom.part import Variant
-from beyond.classroom.parts.probes import entry, keep_changes
+from beyond.classroom.parts.probes import BROKEN, NO_GRADIENT, broken, entry, keep_changes
 from llama import Attention
 
 WHERE = "llama.py, Attention.compute_query_key_value_scores"
@@ -210,6 +210,13 @@ VARIANTS: tuple[Variant, ...] = (
         "The scores are used as weights as they are. Apply softmax over the keys.",
     ),
     entry(
+        variant(soften=torch.sigmoid),
+        WHERE,
+        "sigmoid instead of softmax",
+        "The weights of one query must add up to 1 over the keys; those of the sigmoid do not. Use "
+        "softmax(dim=-1).",
+    ),
+    entry(
         variant(soften=lambda scores: scores.log_softmax(dim=-1)),
         WHERE,
         "log_softmax instead of softmax",
@@ -220,6 +227,13 @@ VARIANTS: tuple[Variant, ...] = (
         WHERE,
         "values not used",
         "The weights themselves are returned. Multiply them by value.",
+    ),
+    entry(
+        variant(average=lambda weights, key, value: value),
+        WHERE,
+        "values returned as they are",
+        "Query and key are not used, so no position sees another. Multiply the weights, the "
+        "softmax of the scaled scores, by value.",
     ),
     entry(
         variant(average=lambda weights, key, value: weights @ key),
@@ -286,5 +300,29 @@ VARIANTS: tuple[Variant, ...] = (
         WHERE,
         "dropout without dividing by 1 - p",
         "What is kept must be divided by 1 - p, so that its mean is the same as in evaluation.",
+    ),
+    entry(
+        variant(average=lambda weights, key, value: weights.detach() @ value),
+        WHERE,
+        "no gradient for the weights",
+        NO_GRADIENT + " Here compute_query and compute_key are never trained.",
+    ),
+    entry(
+        variant(average=lambda weights, key, value: weights @ value.detach()),
+        WHERE,
+        "no gradient for the values",
+        NO_GRADIENT,
+    ),
+    entry(
+        variant(average=lambda weights, key, value: (weights @ value).detach()),
+        WHERE,
+        "no gradient",
+        NO_GRADIENT,
+    ),
+    entry(
+        variant(average=lambda weights, key, value: broken(weights @ value)),
+        WHERE,
+        "an in-place operation breaks the gradient",
+        BROKEN,
     ),
 )

@@ -72,6 +72,17 @@ BODIES: tuple[Row, ...] = (
     ("softmax over the heads", SOFTMAX, "        weights = F.softmax(scores, dim=1)\n"),
     ("softmax over the batch", SOFTMAX, "        weights = F.softmax(scores, dim=0)\n"),
     ("no softmax", SOFTMAX, "        weights = scores\n"),
+    ("sigmoid instead of softmax", SOFTMAX, "        weights = torch.sigmoid(scores)\n"),
+    ("no gradient for the weights", OUTPUT, "        return weights.data @ value\n"),
+    ("no gradient for the values", OUTPUT, "        return weights @ value.detach()\n"),
+    ("no gradient", OUTPUT, "        return (weights @ value).detach()\n"),
+    (
+        "an in-place operation breaks the gradient",
+        SOFTMAX,
+        "        weights = torch.exp(scores - scores.max())\n"
+        "        weights /= weights.sum(dim=-1, keepdim=True)\n",
+    ),
+    ("values returned as they are", OUTPUT, "        return value\n"),
     ("log_softmax instead of softmax", SOFTMAX, "        weights = scores.log_softmax(-1)\n"),
     ("values not used", OUTPUT, "        return weights\n"),
     ("keys averaged instead of values", OUTPUT, "        return weights @ key\n"),
@@ -232,6 +243,19 @@ COURSE: tuple[Row, ...] = (
         COURSE_MERGED,
         "output = output.permute(0, 2, 3, 1).reshape(batch_size, seqlen, -1)",
     ),
+    (
+        "no gradient for the input, or only a part of it",
+        "query = self.compute_query(x)",
+        "query = self.compute_query(x.detach())",
+    ),
+    (
+        "an in-place operation breaks the gradient",
+        COURSE_FINISH,
+        "gate = output.sigmoid()\n"
+        "        output = output * gate / gate\n"
+        "        gate += 1\n"
+        "        return self.resid_dropout(self.compute_output(output))",
+    ),
     ("no output projection", COURSE_FINISH, "return self.resid_dropout(output)"),
     (
         "input added inside the attention",
@@ -313,6 +337,19 @@ OURS: tuple[Row, ...] = (
         "heads and features merged in the wrong order",
         OURS_MERGED,
         "output = output.permute(0, 2, 3, 1).flatten(-2)",
+    ),
+    (
+        "no gradient for the input, or only a part of it",
+        "query = self.compute_query(x)",
+        "query = self.compute_query(x.detach())",
+    ),
+    (
+        "an in-place operation breaks the gradient",
+        OURS_FINISH,
+        "gate = output.sigmoid()\n"
+        "        output = output * gate / gate\n"
+        "        gate += 1\n"
+        "        return self.resid_dropout(self.compute_output(output))",
     ),
     ("no output projection", OURS_FINISH, "return self.resid_dropout(output)"),
     (

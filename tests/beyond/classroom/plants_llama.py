@@ -31,6 +31,19 @@ FEED_FORWARD: tuple[Row, ...] = (
     ),
     ("no dropout", DOWN, "return self.w2(self.SwiGLU(x))"),
     ("dropout while evaluating", DOWN, "return F.dropout(self.w2(self.SwiGLU(x)), self.dropout.p)"),
+    (
+        "no gradient for the input, or only a part of it",
+        SWIGLU,
+        "return F.silu(self.w1(x)).detach() * self.w3(x)",
+    ),
+    (
+        "an in-place operation breaks the gradient",
+        SWIGLU,
+        "gate = self.w1(x)\n"
+        "        share = gate.sigmoid()\n"
+        "        share *= gate\n"
+        "        return share * self.w3(x)",
+    ),
     ("dropout on the hidden layer", DOWN, "return self.w2(self.dropout(self.SwiGLU(x)))"),
 )
 
@@ -154,6 +167,26 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (  # entry, and the body
             "return h + self.attention(self.attention_norm(h))",
         ),
     ),
+    (
+        "an in-place addition breaks the gradient",
+        (
+            "x += self.attention(self.attention_norm(x))",
+            "x += self.feed_forward(self.ffn_norm(x))",
+            "return x",
+        ),
+    ),
+    (
+        "an in-place addition breaks the gradient",
+        (FIRST, "h += self.feed_forward(self.ffn_norm(h))", "return h"),
+    ),
+    (
+        "no gradient for the input, or only a part of it",
+        (
+            "with torch.no_grad():",
+            "    h = x + self.attention(self.attention_norm(x))",
+            SECOND,
+        ),
+    ),
     ("no feed-forward network", ("return x + self.attention(self.attention_norm(x))",)),
     ("no attention", ("return x + self.feed_forward(self.ffn_norm(x))",)),
 )
@@ -234,6 +267,18 @@ COURSE_MODEL: tuple[Row, ...] = (
         COURSE_RETURN,
         "        return F.log_softmax(logits, dim=-1), h\n",
     ),
+    ("no gradient for the embeddings", COURSE_DROP, COURSE_DROP + "        h = h.detach()\n"),
+    (
+        "no gradient for the hidden states",
+        COURSE_RETURN,
+        "        return logits, h.detach()\n",
+    ),
+    ("no gradient for the logits", COURSE_RETURN, "        return logits.data, h\n"),
+    (
+        "an in-place operation breaks the gradient",
+        COURSE_NORM,
+        COURSE_NORM + "        gate = h.exp()\n        h = h * gate / gate\n        gate += 1\n",
+    ),
     ("no dropout on the embeddings", COURSE_DROP, ""),
     ("dropout while evaluating", COURSE_DROP, "        h = F.dropout(h, self.params.dropout)\n"),
     (
@@ -290,6 +335,7 @@ OURS_MODEL: tuple[Row, ...] = (
         "        return logits, hidden\n",
         "        return logits, hidden[:, -1:]\n",
     ),
+    ("no gradient for the embeddings", OURS_NORM, "        return self.norm(h.detach())\n"),
     ("no dropout on the embeddings", OURS_EMBED, "h = self.tok_embeddings(tokens)"),
     (
         "dropout while evaluating",

@@ -51,6 +51,35 @@ NORMS: tuple[tuple[str, str], ...] = (
     ("eps outside the root", "rms = x.pow(2).mean(dim=-1, keepdim=True).sqrt() + self.eps"),
     ("no eps", "rms = torch.sqrt(x.pow(2).mean(dim=-1, keepdim=True))"),
     ("ignores the argument eps", "rms = torch.sqrt(x.pow(2).mean(dim=-1, keepdim=True) + 1e-6)"),
+    ("ignores the argument eps", "rms = torch.sqrt(x.pow(2).mean(dim=-1, keepdim=True) + 1e-8)"),
+    ("adds 1e-5 whatever eps is", "rms = torch.sqrt(x.pow(2).mean(dim=-1, keepdim=True) + 1e-5)"),
+    (
+        "square of the mean instead of mean of the squares",
+        "rms = torch.sqrt(torch.mean(x) ** 2 + self.eps)",
+    ),
+    (
+        "root rounded to half precision",
+        "rms = torch.sqrt(x.pow(2).mean(dim=-1, keepdim=True) + self.eps).half()",
+    ),
+    (
+        "no gradient for the input",
+        "rms = torch.sqrt(x.pow(2).mean(dim=-1, keepdim=True) + self.eps).detach()",
+    ),
+    (
+        "no gradient for the input",
+        "with torch.no_grad():; "
+        "    x = x / torch.sqrt(x.pow(2).mean(dim=-1, keepdim=True) + self.eps); "
+        "rms = 1",
+    ),
+    (
+        "changes its input in place",
+        "x *= torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps); rms = 1",
+    ),
+    (
+        "an in-place operation breaks the gradient",
+        "rms = (x.pow(2).mean(-1, keepdim=True) + self.eps).log().div_(2).exp(); "
+        "rms.clamp_(min=1e-9)",
+    ),
 )
 OURS_GAIN = "return self.norm(x.float()).type_as(x) * self.weight"
 COURSE_GAIN = "return output * self.weight"

@@ -62,6 +62,47 @@ OURS_ROPE: tuple[Row, ...] = (
     ),
     ("rotates by minus theta", "angles.cos(), angles.sin()", "angles.cos(), -angles.sin()"),
     ("no minus sign", "even * cos - odd * sin", "even * cos + odd * sin"),
+    ("wrong sign in the imaginary part", "even * sin + odd * cos", "odd * cos - even * sin"),
+    (
+        "second line reads what the first has overwritten",
+        OURS_UNBIND,
+        "even, odd = x[..., ::2], x[..., 1::2]\n"
+        "    x[..., ::2] = even * cos - odd * sin\n"
+        "    x[..., 1::2] = even * sin + odd * cos\n"
+        "    return x",
+    ),
+    (
+        "pairs stacked but not flattened",
+        "return rotated.flatten(-2).type_as(x)",
+        "return rotated.type_as(x)",
+    ),
+    (
+        "fixed base that is not 10000",
+        "1.0 / theta ** (even_indices",
+        "1.0 / 1000.0 ** (even_indices",
+    ),
+    (
+        "no gradient for query and key",
+        "return rotated.flatten(-2).type_as(x)",
+        "return torch.tensor(rotated.flatten(-2).tolist())",
+    ),
+    (
+        "no gradient for the query",
+        OURS_RESULT,
+        "return _rotate(query, cos, sin).detach(), _rotate(key, cos, sin)",
+    ),
+    (
+        "no gradient for the key",
+        OURS_RESULT,
+        "return _rotate(query, cos, sin), _rotate(key.data, cos, sin)",
+    ),
+    (
+        "an in-place operation breaks the gradient",
+        "return rotated.flatten(-2).type_as(x)",
+        "length = (x * x).sum(-1, keepdim=True).sqrt()\n"
+        "    length += 1e-9\n"
+        "    return rotated.flatten(-2) / length * length",
+    ),
     ("sine and cosine swapped", "angles.cos(), angles.sin()", "angles.sin(), angles.cos()"),
     (
         "multiplies real by cosine and imaginary by sine only",
@@ -207,6 +248,27 @@ COURSE_ROPE: tuple[Row, ...] = (
     ),
     ("wrong exponent: integer division", "(steps / head_dim)", "(steps // head_dim)"),
     ("key not rotated", "return query_out.type_as(query), key_out", "return query_out, key"),
+    (
+        "key computed from the query's parts too",
+        "key_out_imag = key_real * sin + key_imag * cos",
+        "key_out_imag = key_real * sin + query_imag * cos",
+    ),
+    (
+        "wrong sign in the imaginary part",
+        "query_out_imag = query_real * sin + query_imag * cos",
+        "query_out_imag = query_imag * cos - query_real * sin",
+    ),
+    ("no gradient for the key", "key_out.type_as(key)", "torch.tensor(key_out.tolist())"),
+    (
+        "second line reads what the first has overwritten",
+        "    query_out_real = query_real * cos - query_imag * sin\n",
+        "    query[..., 0::2] = query_real * cos - query_imag * sin\n"
+        "    query[..., 1::2] = query_real * sin + query_imag * cos\n"
+        "    key[..., 0::2] = key_real * cos - key_imag * sin\n"
+        "    key[..., 1::2] = key_real * sin + key_imag * cos\n"
+        "    return query, key\n"
+        "    query_out_real = query_real * cos - query_imag * sin\n",
+    ),
     (
         "works only with as many key heads as query heads",
         "key_out_imag), dim=-1).reshape(key.shape)",

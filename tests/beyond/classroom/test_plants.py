@@ -1,10 +1,10 @@
 """Planted mistakes are found under their own names, and nothing else is blamed.
 
-In the suite each copy has one mistake in every part, which is as strict: each part is examined as
-if all others were broken. The sweep plants them one by one.
+In the suite each entry is planted once, and each copy has one mistake in every part: each part is
+examined as if all others were broken. The sweep plants all mistakes, one by one.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from itertools import zip_longest
 from pathlib import Path
 
@@ -24,10 +24,22 @@ def findings(folder: Path, parts: tuple[Part, ...] = MODEL_PARTS) -> dict[str, F
     return {part.name: examine(part, student) for part in parts}
 
 
-def rounds(dialect: str) -> list[tuple[Plant, ...]]:
-    """Take one plant of each part at a time, until all have been taken."""
-    by_part = defaultdict(list)
+def choose() -> list[Plant]:
+    """Choose one plant of each entry, about as many of both dialects in each part."""
+    by_entry = defaultdict(list)
     for plant in PLANTS:
+        by_entry[plant.part, plant.entry].append(plant)
+    chosen: list[Plant] = []
+    for plants in sorted(by_entry.values(), key=lambda plants: len({p.dialect for p in plants})):
+        counts = Counter(plant.dialect for plant in chosen if plant.part == plants[0].part)
+        chosen.append(min(plants, key=lambda plant: counts[plant.dialect]))
+    return chosen
+
+
+def rounds(dialect: str) -> list[tuple[Plant, ...]]:
+    """Take one chosen plant of each part at a time, until all have been taken."""
+    by_part = defaultdict(list)
+    for plant in choose():
         if plant.dialect == dialect:
             by_part[plant.part].append(plant)
     return [
