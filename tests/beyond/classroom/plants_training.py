@@ -511,6 +511,13 @@ COURSE_CLASSIFIER: tuple[Row, ...] = (
         + "\n\n    def forward(self, input_ids):\n"
         "        hidden_states, _ = self.llama(input_ids)\n",
     ),
+    (
+        "logits of the vocabulary instead of the hidden state",
+        f"{COURSE_HEAD}\n\n    def forward(self, input_ids):\n"
+        "        _, hidden_states = self.llama(input_ids)\n",
+        f"{COURSE_HEAD}\n\n    def forward(self, input_ids):\n"
+        "        hidden_states, _ = self.llama(input_ids)\n",
+    ),
 )
 # ---------------------------------------------------------------------------- loading, in ours
 STRICT = """\
