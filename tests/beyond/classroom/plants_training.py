@@ -225,6 +225,11 @@ OURS_ADAMW: tuple[Row, ...] = (
         f'{COUNT}\n                state["exp_avg"].zero_()\n'
         '                state["exp_avg_sq"].zero_()',
     ),
+    (
+        "plain gradient descent",
+        UPDATE,
+        'torch._foreach_add_(parameters, grads, alpha=-group["lr"])',
+    ),
     ("step never counted on", CALL, "self._update(parameters, 1, group)"),
     ("step counted from 0", CALL, "self._update(parameters, step - 1, group)"),
     ("step counted from 2", CALL, "self._update(parameters, step + 1, group)"),
@@ -337,6 +342,13 @@ COURSE_ADAMW: tuple[Row, ...] = (
         '                p.data.add_(-alpha * m / (v.sqrt() + group["eps"]))',
     ),
     ("step counted from 2", 'state["step"] = 0', 'state["step"] = 1'),
+    ("moments not kept between steps", "if len(state) == 0:", "if True:"),
+    (
+        "plain gradient descent",
+        "state = self.state[p]\n",
+        'p.data -= group["lr"] * grad\n                continue\n'
+        "                state = self.state[p]\n",
+    ),
     ("step counted from 0", 't = state["step"]', 't = state["step"] - 1'),
     ("parameters not changed", CHANGE, "p = p.data.clone()"),
     ("no weight decay", COURSE_DECAY, "pass"),

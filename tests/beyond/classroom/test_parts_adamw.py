@@ -119,6 +119,22 @@ def test_two_mistakes_that_show_in_the_same_probes_are_both_named(tmp_path: Path
     assert "weight decay inside the gradient (L2)" in finding.text
 
 
+def test_moments_in_variables_and_an_option_that_is_not_read_are_both_named(
+    tmp_path: Path,
+) -> None:
+    old = OPTIMIZER[OPTIMIZER.index(MOMENTS) : OPTIMIZER.index(DECAY)]
+    lines = (
+        'm = beta1 * state["m"] + (1 - beta1) * grad',
+        'v = beta2 * state["v"] + (1 - beta2) * grad * grad',
+        'alpha = group["lr"] * math.sqrt(1 - beta2**t) / (1 - beta1**t)',
+        'p.data = p.data - alpha * m / (torch.sqrt(v) + group["eps"])',
+    )
+    new = "".join(f"{line}{LINE}" for line in lines)
+    finding = examine_with(PART, tmp_path, "optimizer.py", old, new)
+    assert (finding.status, finding.mistake) == ("mistake", "moments not kept between steps")
+    assert "correct_bias=False has no effect" in finding.text
+
+
 def test_the_course_s_own_test_accepts_the_plain_form() -> None:
     """The remark says so: 1,000 steps of the course's test stay within its tolerance."""
 
