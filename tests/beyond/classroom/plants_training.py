@@ -29,6 +29,7 @@ OURS_GENERATE: tuple[Row, ...] = (
     ("softmax over the batch", SOFTMAX, "return F.softmax(logits / temperature, dim=0)"),
     ("always the argmax", "if temperature == 0:", "if temperature >= 0:"),
     ("random at temperature 0", ARGMAX, "temperature = 1.0"),
+    ("least likely token at temperature 0", ARGMAX, "return logits.argmin(dim=-1, keepdim=True)"),
     ("argmax over the whole tensor", ARGMAX, "return logits.argmax().expand(len(logits), 1)"),
     (
         "works for one row only at temperature 0",
@@ -121,6 +122,7 @@ COURSE_GENERATE: tuple[Row, ...] = (
         "                ranked[:, 1:] *= ranked.cumsum(-1)[:, 1:] < 0.9\n"
         "                probs = torch.zeros_like(ranked).scatter(1, order, ranked)",
     ),
+    ("no case for temperature 0", "if temperature == 0.0:", "if False:"),
     ("not cropped", "context = idx[:, -self.params.max_seq_len :]", "context = idx"),
     (
         "nucleus sampling (top-p)",

@@ -93,6 +93,25 @@ def test_two_mistakes_are_both_named(tmp_path: Path) -> None:
     assert "not cropped" in text
 
 
+END = "            idx = torch.cat((idx, idx_next), dim=1)\n        return idx\n"
+
+
+def test_a_stop_before_eos_and_a_lost_context_are_both_named(tmp_path: Path) -> None:
+    new = "            if (idx_next == 2).all():\n                break\n" + END.replace(
+        "return idx", "return idx[:, -max_new_tokens:]"
+    )
+    text = examine_with(PART, tmp_path, "llama.py", END, new).text
+    assert "stops early, at EOS" in text
+    assert "only the new tokens are returned" in text
+
+
+def test_an_error_of_another_kind_at_temperature_0_is_shown(tmp_path: Path) -> None:
+    finding = examine_with(PART, tmp_path, "llama.py", GREEDY, "idx_next = logits.argmax(dim=7)")
+    assert finding.status == "error"
+    assert finding.text.startswith("llama.py:")
+    assert "Dimension out of range" in finding.text
+
+
 def test_a_cache_is_refused_and_not_called_a_mistake(tmp_path: Path) -> None:
     new = "logits, _ = self(context, None, torch.ones_like(context))\n"
     finding = examine_with(PART, tmp_path, "llama.py", LOGITS, new)
