@@ -94,12 +94,12 @@ def test_the_forms_of_torch_are_named_but_only_the_decay_is_a_mistake(tmp_path: 
     new = f'{LINE}p.data.mul_(1 - group["lr"] * group["weight_decay"]){LINE}{plain[1]}\n'
     finding = examine_with(PART, tmp_path, "optimizer.py", old, new)
     assert (finding.status, finding.mistake) == ("mistake", "weight decay before the update")
-    assert "; and: eps added after the bias correction" in finding.text
+    assert " Also: eps added after the bias correction" in finding.text
     new = new.replace('if group["correct_bias"]:', "if True:")
     finding = examine_with(PART, tmp_path, "optimizer.py", old, new)
     assert (finding.status, finding.mistake) == ("mistake", "weight decay before the update")
-    assert "; and: eps added after the bias correction" in finding.text
-    assert "; and: correct_bias=False has no effect" in finding.text
+    assert " Also: eps added after the bias correction" in finding.text
+    assert " Also: correct_bias=False has no effect" in finding.text
 
 
 def test_two_mistakes_that_show_in_the_same_probes_are_both_named(tmp_path: Path) -> None:

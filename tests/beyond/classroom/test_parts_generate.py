@@ -156,4 +156,4 @@ def test_sampling_is_examined_row_by_row_if_several_rows_fail(tmp_path: Path) ->
     )
     finding = examine_with(PART, tmp_path, "llama.py", old, new)
     assert (finding.status, finding.mistake) == ("mistake", "temperature multiplied")
-    assert "; and: works for one row only above temperature 0" in finding.text
+    assert " Also: works for one row only above temperature 0" in finding.text

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +58,9 @@ def test_the_last_line_counts_all_parts() -> None:
         "1 mistake, 1 wrong, 1 error, 1 todo"
     )
     assert summarize(FINDINGS[:1]) == "1 of 1 parts are ok"
+    assert (
+        summarize(FINDINGS[2:] * 2) == "0 of 8 parts are ok; 2 mistakes, 2 wrong, 2 errors, 2 todo"
+    )
 
 
 def test_results_have_the_shape_that_gradescope_reads() -> None:
@@ -163,6 +168,48 @@ def test_our_own_folder_is_ok(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     *lines, last = capsys.readouterr().out.splitlines()
     assert lines == [f"ok       {part.name}" for part in PARTS]
     assert last == f"{len(PARTS)} of {len(PARTS)} parts are ok"
+
+
+@pytest.mark.usefixtures("light")
+def test_an_error_of_several_parts_is_shown_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Gradescope shows the parts one by one, so each has the whole error there."""
+    (tmp_path / "rope.py").write_text("import llama\n" + RIGHT)
+    (tmp_path / "llama.py").write_text("def load():\n    open('no.pt')\n\nload()\n")
+    target = tmp_path / "results.json"
+    assert main(["--of", str(tmp_path), "--json", str(target)]) == 1
+    out = capsys.readouterr().out.splitlines()
+    assert " ".join(line.strip() for line in out[:3]) == (
+        "error    rope: llama.py:2: FileNotFoundError: [Errno 2] No such file or directory: "
+        "'no.pt'; line 4 of llama.py runs on import: put it under if __name__ == \"__main__\": "
+        "error    optimizer: there is no optimizer.py in the folder"
+    )
+    assert out[3:] == ["error    llama: the same error as in rope", "0 of 3 parts are ok; 3 errors"]
+    tests = json.loads(target.read_text(encoding="utf-8"))["tests"]
+    assert tests[2]["output"] == tests[0]["output"] != "the same error as in rope"
+
+
+def test_a_reader_that_has_gone_is_no_error(tmp_path: Path) -> None:
+    """As in `sanity_check.py --of FOLDER | head -1`; the results are written all the same."""
+    code = (
+        "import sys\n"
+        "from beyond.classroom import report\n"
+        "from tests.beyond.classroom.test_checker import PARTS\n"
+        "report.PARTS, report.POINTS = PARTS, sys.argv[1] + '/no-points'\n"
+        "sys.exit(report.main(['--of', sys.argv[1], '--json', sys.argv[1] + '/results.json']))\n"
+    )
+    (tmp_path / "no-points").touch()
+    (tmp_path / "rope.py").write_text(RIGHT)
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe:
+        done = subprocess.run(
+            [sys.executable, "-c", code, tmp_path],
+            cwd=ROOT, stdout=pipe, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, "")
+    assert len(json.loads((tmp_path / "results.json").read_text())["tests"]) == 3
 
 
 @pytest.mark.usefixtures("light")
