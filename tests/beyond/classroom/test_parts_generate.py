@@ -18,6 +18,7 @@ SAMPLE = "idx_next = torch.multinomial(probs, num_samples=1)"
 CONTEXT = "context = idx[:, -self.params.max_seq_len :]"
 LOGITS = "logits, _ = self(context)\n"
 LINE = "\n                "
+SLOW = ("row by row", "max for the argmax", "argmax of probabilities")  # the last two: topk is one
 STYLES = {
     "topk for the argmax": (GREEDY, "_, idx_next = torch.topk(logits, k=1, dim=-1)"),
     "max for the argmax": (GREEDY, "idx_next = logits.max(dim=1, keepdim=True)[1]"),
@@ -66,7 +67,10 @@ STYLES = {
 }
 
 
-@pytest.mark.parametrize("name", STYLES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.sweep if name in SLOW else ()) for name in STYLES],
+)
 def test_a_right_solution_is_ok_in_every_style(name: str, tmp_path: Path) -> None:
     finding = examine_with(PART, tmp_path, "llama.py", *STYLES[name])
     assert (finding.status, finding.text) == ("ok", "")
@@ -134,7 +138,10 @@ def test_shares_are_far_from_the_limit_of_what_counts_as_drawn() -> None:
                 assert is_far.all(), (name, observed.value)
 
 
-@pytest.mark.parametrize(("rows", "is_batch", "bound"), [(ROWS, True, 0.036), (ALONE, False, 0.08)])
+@pytest.mark.parametrize(
+    ("rows", "is_batch", "bound"),
+    [(ROWS, True, 0.036), pytest.param(ALONE, False, 0.08, marks=pytest.mark.sweep)],
+)
 def test_frequencies_lie_within_the_stated_bound_of_the_softmax(
     rows: int, is_batch: bool, bound: float
 ) -> None:

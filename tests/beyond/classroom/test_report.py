@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -190,26 +189,21 @@ def test_an_error_of_several_parts_is_shown_once(
     assert tests[2]["output"] == tests[0]["output"] != "the same error as in rope"
 
 
-def test_a_reader_that_has_gone_is_no_error(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("light")
+def test_a_reader_that_has_gone_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """As in `sanity_check.py --of FOLDER | head -1`; the results are written all the same."""
-    code = (
-        "import sys\n"
-        "from beyond.classroom import report\n"
-        "from tests.beyond.classroom.test_checker import PARTS\n"
-        "report.PARTS, report.POINTS = PARTS, sys.argv[1] + '/no-points'\n"
-        "sys.exit(report.main(['--of', sys.argv[1], '--json', sys.argv[1] + '/results.json']))\n"
-    )
-    (tmp_path / "no-points").touch()
     (tmp_path / "rope.py").write_text(RIGHT)
+    target = tmp_path / "results.json"
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w") as pipe:
-        done = subprocess.run(
-            [sys.executable, "-c", code, tmp_path],
-            cwd=ROOT, stdout=pipe, stderr=subprocess.PIPE, text=True, check=False,
-        )  # fmt: skip
-    assert (done.returncode, done.stderr) == (1, "")
-    assert len(json.loads((tmp_path / "results.json").read_text())["tests"]) == 3
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert main(["--of", str(tmp_path), "--json", str(target)]) == 1
+        monkeypatch.undo()
+    assert capsys.readouterr().err == ""
+    assert len(json.loads(target.read_text(encoding="utf-8"))["tests"]) == 3
 
 
 @pytest.mark.usefixtures("light")
