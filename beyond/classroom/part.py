@@ -192,7 +192,7 @@ def _find_combination(part: Part, found: Observations) -> tuple[Mistake, Mistake
 def _finding(part: Part, mistakes: tuple[Mistake, ...]) -> Finding:
     """Report entries of the catalogue: mistakes first, then editions, then remarks."""
     mistakes = tuple(sorted(mistakes, key=lambda mistake: (mistake.is_note, mistake.is_edition)))
-    text = "; and: ".join(
+    text = " Also: ".join(
         f"{mistake.name} ({mistake.where}): {mistake.why}" for mistake in mistakes
     )
     status: Status = "mistake"

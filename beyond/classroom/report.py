@@ -7,11 +7,13 @@ A part that is right in another edition of the course counts as ok and gets its 
 import io
 import json
 import math
+import os
 import shutil
 import sys
 import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ LABELS: dict[Status, str] = {  # as the report shows a status, in the order of i
     "edition": "edition",
     "ok": "ok",
 }
+PLURALS = {"mistake", "error"}  # labels that are nouns
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,8 +84,17 @@ def run(argv: Sequence[str] | None) -> int:
     if options.json is not None:
         prepare_output(options.json)
     width = min(100, shutil.get_terminal_size((100, 24)).columns)
-    findings = check(options.of, PARTS, tell=lambda finding: print(show(finding, width)))
-    print(summarize(findings))
+    first: dict[str, str] = {}  # error -> the first part that has it
+
+    def tell(finding: Finding) -> None:
+        if finding.status == "error":
+            part = first.setdefault(finding.text, finding.part)
+            if part != finding.part:
+                finding = replace(finding, text=f"the same error as in {part}")
+        say(show(finding, width))
+
+    findings = check(options.of, PARTS, tell=tell)
+    say(summarize(findings))
     if options.json is not None:
         with open_atomically(options.json) as file:
             json.dump(results(findings, points), file, indent=2)
@@ -91,6 +103,15 @@ def run(argv: Sequence[str] | None) -> int:
 
 
 # ------------------------------------------------------------------------------------ for people
+
+
+def say(text: str) -> None:
+    """Print lines; nothing more is printed if the reader has gone, as with `| head`."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # What is left in the buffer is flushed again when the program ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def show(finding: Finding, width: int = 100) -> str:
@@ -115,7 +136,7 @@ def summarize(findings: Sequence[Finding]) -> str:
     if counts["edition"]:
         text += f", {counts['edition']} of them as in another edition of the course"
     failed = [
-        f"{counts[status]} {label}"
+        f"{counts[status]} {label}{'s' * (counts[status] > 1 and label in PLURALS)}"
         for status, label in LABELS.items()
         if counts[status] and status not in PASSED
     ]

@@ -7,8 +7,10 @@ A package that is not installed gets a stand-in. Names can be imported from it, 
 an error, so that parts that do not need the package can still be examined.
 """
 
+import bdb
 import importlib
 import importlib.metadata
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +27,10 @@ ROOT = Path(__file__).resolve().parents[2]
 # Names that mean the folder's modules, or nothing: never ours.
 OURS = {path.stem for path in ROOT.glob("*.py")} | {"benchmarks", "beyond", "data", "tests"}
 LONGEST = 300  # characters of an error's message
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # how such a file begins
+# What PyTorch says where there is no GPU.
+NO_GPU = ("Found no NVIDIA driver", "No CUDA GPUs", "not compiled with CUDA")
+SIZES = re.compile(r"\d+x\d+|\b([Ss]izes?|[Ss]hapes?)\b.*\d")  # in a message about shapes
 
 
 class StudentError(Exception):
@@ -151,20 +157,30 @@ class Student:
         if isinstance(error, KnownFailure):
             place = ""
         elif isinstance(error, SyntaxError):
-            place = f"{error.filename}:{error.lineno}: "
+            place = "".join(f"{part}:" for part in (error.filename, error.lineno) if part) + " "
             message = " ".join(str(error.msg).split())
         else:
             frames = traceback.extract_tb(error.__traceback__)
             inside = [f"{f.filename}:{f.lineno}: " for f in frames if self.holds(f.filename)]
             place = inside[-1] if inside else ""
-        if isinstance(error, SystemExit):
-            message = f"the program ends itself (exit status {message})"
-        elif isinstance(error, ModuleNotFoundError) and error.name in OURS:
-            message = f"there is no {error.name}.py in the folder"
-        elif not isinstance(error, StudentError):
-            message = f"{type(error).__name__}: {message}".removesuffix(": ")
-        text = (place + message).replace(f"{self.folder}/", "")
-        return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
+        if isinstance(error, AssertionError) and not message and frames:
+            message = frames[-1].line or ""  # a bare assert says nothing else
+        text = (place + _explain(error, message)).replace(f"{self.folder}/", "")
+        text = text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
+        return text + self._advise(error, message)
+
+    def _advise(self, error: BaseException, message: str) -> str:
+        """Return what else is to be said of an error, or nothing."""
+        if isinstance(error, StudentError):
+            return ""
+        if self.is_importing and isinstance(error, OSError | EOFError | SystemExit | bdb.BdbQuit):
+            frames = traceback.extract_tb(error.__traceback__)
+            lines = [f for f in frames if f.name == "<module>" and self.holds(f.filename)]
+            where = f"line {lines[-1].lineno} of {Path(lines[-1].filename).name}" if lines else "it"
+            return f'; {where} runs on import: put it under if __name__ == "__main__":'
+        if isinstance(error, RuntimeError | ValueError | IndexError) and SIZES.search(message):
+            return " (the checker's model and inputs are small: the sizes are theirs)"
+        return ""
 
     def holds(self, path: str) -> bool:
         """Say whether a file is in the folder."""
@@ -185,6 +201,27 @@ class Student:
         if name in OURS:
             raise ModuleNotFoundError(f"No module named {fullname!r}", name=fullname)
         return None
+
+
+def _explain(error: BaseException, message: str) -> str:
+    """Describe an error without its place; message: its own, in one line."""
+    if isinstance(error, SystemExit):
+        status = 0 if error.code is None else message
+        return f"the program ends itself (exit status {status}); remove exit() or what calls it"
+    if isinstance(error, bdb.BdbQuit):
+        return "the program stops in the debugger; remove breakpoint()"
+    if isinstance(error, EOFError) and "reading a line" in message:
+        return "input() has nothing to read here; remove it"
+    if any(words in message for words in NO_GPU):
+        return (
+            "the code asks for a GPU, and there is none; use the device of what it is given, "
+            "device=query.device or device=input_ids.device"
+        )
+    if isinstance(error, ModuleNotFoundError) and error.name in OURS:
+        return f"there is no {error.name}.py in the folder"
+    if isinstance(error, StudentError):
+        return message
+    return f"{type(error).__name__}: {message}".removesuffix(": ")
 
 
 @contextmanager
@@ -225,7 +262,14 @@ class _Loader(SourceFileLoader):
 
     def get_code(self, fullname: str) -> CodeType:
         path = self.get_filename(fullname)
-        return self.source_to_code(self.get_data(path), path)
+        source = self.get_data(path)
+        if source.startswith(UTF_16):
+            raise StudentError(f"{path} is saved as UTF-16; save it as UTF-8")
+        try:
+            return self.source_to_code(source, path)
+        except SyntaxError as error:
+            error.filename = error.filename or path  # none if there is a null byte
+            raise
 
 
 # --------------------------------------------------------------------- packages that are absent

@@ -13,7 +13,7 @@ WHERE = "optimizer.py, AdamW.step"
 
 
 # Of the steps that these methods are, two mistakes are looked for together.
-COMBINED = {"correct", "always_corrects", "divisor", "change_gradient", "decay"}
+COMBINED = {"correct", "always_corrects", "divisor", "change_gradient", "decay", "finish"}
 
 
 def combine(**methods: Any) -> type[Loop]:
@@ -56,6 +56,11 @@ def _count_in(state: Any, name: str = "count") -> int:
 def _safe_correct(loop: Loop, beta1: float, beta2: float, t: int) -> float:
     """Correct for a step that is counted from 0, as dividing a tensor by 0 does."""
     return Loop.correct(loop, beta1, beta2, t) if t else float("nan")
+
+
+def _descend(loop: Loop, parameter: Tensor, grad: Tensor, state: Any, group: Group) -> None:
+    parameter.sub_(group["lr"] * grad)
+    loop.decay(parameter, parameter, group["lr"], group)
 
 
 def _corrected_lr(loop: Loop, parameter: Tensor, group: Group) -> float:
@@ -203,8 +208,16 @@ VARIANTS = (
     _entry(
         "moments not kept between steps",
         "Every step starts from zero moments, so they are no averages. Store m and v in "
-        "self.state[p] and update them there.",
+        "self.state[p], and make them zero only if the state is empty: the first time.",
+        others=[{"finish": lambda loop, grad, state: state.clear()}],  # the step's number too
         finish=lambda loop, grad, state: (state["m"].zero_(), state["v"].zero_()),
+    ),
+    _entry(
+        "plain gradient descent",
+        "The update is lr * gradient, without moments, so every parameter has the same step size. "
+        "Adam's is lr * m / (sqrt(v) + eps).",
+        others=[{"update": _descend, "decay": lambda *_: None}],
+        update=_descend,
     ),
     _entry(
         "step never counted on",

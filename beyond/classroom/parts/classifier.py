@@ -8,6 +8,7 @@ equal rows of an evaluation show a dropout, if there is one, unless with probabi
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from types import SimpleNamespace
 
 import torch
@@ -15,9 +16,9 @@ from torch import Tensor, nn
 
 from beyond.classroom.adapters import find
 from beyond.classroom.part import AdaptError, Observations, Observed, Part, expect_tensor
-from beyond.classroom.parts.classifier_mistakes import VARIANTS, WHERE
+from beyond.classroom.parts.classifier_mistakes import VARIANTS, WHERE, combine
 from beyond.classroom.parts.probes import normal
-from beyond.classroom.parts.sentences import PADDED, UNPADDED, make_model, pretrained
+from beyond.classroom.parts.sentences import CONFIG, PADDED, UNPADDED, make_model, pretrained
 from beyond.classroom.student import Student
 from classifier import ClassifierConfig, LlamaEmbeddingClassifier
 from llama import Llama
@@ -76,7 +77,24 @@ def make_filled(make: Make, option: str = "finetune") -> tuple[nn.Module, Llama,
         head.weight.copy_(normal(*head.weight.shape, seed=3))
         if head.bias is not None:
             head.bias.copy_(normal(LABELS, seed=4))
-    return classifier.eval(), model, head
+    if is_given_logits(classifier.eval(), head):
+        weight = normal(LABELS, model.config.vocab_size, seed=3)
+        head.weight = nn.Parameter(weight, head.weight.requires_grad)
+    return classifier, model, head
+
+
+@torch.no_grad()
+def is_given_logits(classifier: nn.Module, head: nn.Linear) -> bool:
+    """Say whether a head for hidden states is given the vocabulary's logits, which is an error.
+
+    With a head that fits, the mistake is seen beside others, whether or not the head was made so.
+    """
+    sizes = []
+    hook = head.register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].shape[-1]))
+    with suppress(Exception):  # it will come again where it is reported
+        classifier(UNPADDED.clone())
+    hook.remove()
+    return sizes == [CONFIG.vocab_size] and head.in_features == CONFIG.dim
 
 
 def classify(classifier: nn.Module, tokens: Tensor) -> Tensor:
@@ -150,7 +168,7 @@ def observe_training(make: Make) -> dict[str, Tensor]:
             [all(trained), any(trained), head.weight.requires_grad]
         )
     classifier, model, head = make_filled(make)
-    result = classifier(UNPADDED.clone())
+    result = classifier.train()(UNPADDED.clone())  # an evaluation needs no gradient
     if result.requires_grad:
         result.square().sum().backward()
     grads = [model.tok_embeddings.weight.grad, head.weight.grad]
@@ -164,7 +182,8 @@ PART = Part(
     "embedding classifier",
     WHERE,
     make_with(LlamaEmbeddingClassifier),
-    tuple(VARIANTS),
+    VARIANTS,
     observe,
     adapt,
+    combine,
 )

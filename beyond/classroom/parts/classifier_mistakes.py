@@ -44,15 +44,9 @@ class Steps(LlamaEmbeddingClassifier):
         return F.log_softmax(logits, dim=-1)
 
 
-class VocabularyHead(Steps):
-    """Classifies the logits of the vocabulary."""
-
-    def __init__(self, config: ClassifierConfig, llama: Llama) -> None:
-        super().__init__(config, llama)
-        self.classifier_head = nn.Linear(llama.config.vocab_size, config.num_labels)
-
-    def choose(self, input_ids: Tensor, logits: Tensor, hidden: Tensor) -> Tensor:
-        return logits[:, -1]
+def _make_head_of_vocabulary(steps: Steps, config: ClassifierConfig, llama: Llama) -> None:
+    Steps.__init__(steps, config, llama)
+    steps.classifier_head = nn.Linear(llama.config.vocab_size, config.num_labels)
 
 
 def _trains(
@@ -100,12 +94,22 @@ def _entry(
     where: str = WHERE,
     **methods: Any,
 ) -> Variant:
-    made = cls or type("Variant", (Steps,), methods)
+    made = _make_with(cls) if cls else combine(**methods)
+    return Variant(Mistake(name, where, why, seen, is_note=is_note), made)
 
+
+def _make_with(cls: Callable[[ClassifierConfig, Llama], nn.Module]) -> Callable[..., nn.Module]:
     def make(model: Llama, option: str, num_labels: int = 4, rate: float = 0.3) -> nn.Module:
-        return made(ClassifierConfig(num_labels, "", rate, option), model)
+        return cls(ClassifierConfig(num_labels, "", rate, option), model)
 
-    return Variant(Mistake(name, where, why, seen, is_note=is_note), make)
+    return make
+
+
+def combine(**methods: Any) -> Callable[..., nn.Module]:
+    """Return a function that makes a classifier with other methods than `Steps`."""
+    make: Any = _make_with(type("Variant", (Steps,), methods))
+    make.changes = methods
+    return make
 
 
 VARIANTS = (
@@ -181,8 +185,10 @@ VARIANTS = (
     _entry(
         "logits of the vocabulary instead of the hidden state",
         "The head classifies 32,000 scores of next tokens instead of the hidden state of size "
-        "dim. The model returns logits, hidden: use the second.",
-        cls=VocabularyHead,
+        "dim, or ends in an error, because it is made for dim. The model returns logits, hidden: "
+        "use the second, self.llama(input_ids)[1].",
+        __init__=_make_head_of_vocabulary,
+        choose=lambda _, input_ids, logits, hidden: logits[:, -1],
     ),
     _entry(
         "ReLU before the head",

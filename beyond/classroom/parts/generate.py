@@ -24,7 +24,14 @@ from torch import Tensor, nn
 
 from beyond.classroom.adapters import find, make_config
 from beyond.classroom.part import AdaptError, Observations, Observed, Part, expect_tensor
-from beyond.classroom.parts.generate_mistakes import VARIANTS, WHERE, Forward, Make, make_with
+from beyond.classroom.parts.generate_mistakes import (
+    VARIANTS,
+    WHERE,
+    Forward,
+    Make,
+    combine,
+    make_with,
+)
 from beyond.classroom.student import Student
 from config import LlamaConfig
 from llama import Llama
@@ -96,6 +103,17 @@ class Fixed:
             raise
         return expect_tensor(result, "the result of generate")
 
+    def divides_by_zero(self) -> bool:
+        """Say whether generating at temperature 0 ends in an error for want of a case for it."""
+        try:
+            self.generate(torch.tensor([[4, 6, 5]]), 1, 0.0)
+        except ZeroDivisionError:
+            return True
+        except (RuntimeError, ValueError) as error:  # of torch.multinomial, of Categorical
+            text = str(error)
+            return "probability tensor contains" in text or "nan" in text and "to satisfy" in text
+        return False
+
     def draw(self, temperature: float, rows: int, is_batch: bool) -> Tensor:
         """Generate one token for each of many rows, (rows,), at once or one row at a time."""
         context = torch.ones(rows, 2, dtype=torch.long)
@@ -106,7 +124,7 @@ class Fixed:
         """Generate for several rows; returns None if that ends in an error."""
         try:
             return self.generate(idx, max_new_tokens, temperature)
-        except (RuntimeError, ValueError, TypeError, IndexError):  # such as sizes that do not match
+        except (RuntimeError, ValueError, TypeError, IndexError, ZeroDivisionError):
             return None
 
 
@@ -121,7 +139,9 @@ def observe(make: Make) -> Observations:
     """Generate from fixed logits: single rows, long contexts, and many rows at once."""
     short = Fixed(make, chained, 7)
     short.model.train()
-    greedy = short.generate(torch.tensor([[4, 6, 5]]), 5, 0.0)
+    # At a temperature of 1, nearly always the same tokens are drawn as at 0.
+    cold = 1.0 if Fixed(make, chained, 7).divides_by_zero() else 0.0
+    greedy = short.generate(torch.tensor([[4, 6, 5]]), 5, cold)
     modes = [short.model.training]
     short.model.eval()
     sampled = short.generate(torch.tensor([[4, 6, 5]]), 4, 1.0)
@@ -129,16 +149,18 @@ def observe(make: Make) -> Observations:
     # 11 tokens, for a model with max_seq_len 8
     long = torch.randint(7, (1, 11), generator=torch.Generator().manual_seed(1))
     growing, cropped = Fixed(make, chained, 7), Fixed(make, chained, 7)
-    growing.generate(long[:, :6], 4, 0.0)
+    growing.generate(long[:, :6], 4, cold)
     found = {
+        "temperature 0 is possible": torch.tensor(cold == 0),
         "tokens at temperature 0": greedy,
         "shape of the result at temperature 1": torch.tensor(sampled.shape),
         "the contexts of a growing row": stack(growing.contexts),
-        "the result for a row longer than max_seq_len": cropped.generate(long, 2, 0.0),
+        "the result for a row longer than max_seq_len": cropped.generate(long, 2, cold),
         "the contexts of a row longer than max_seq_len": stack(cropped.contexts),
         "training mode afterwards, before and not before": torch.tensor(modes),
     }
-    return {name: Observed(value, EXACT) for name, value in found.items()} | observe_rows(make)
+    exact = {name: Observed(value, EXACT) for name, value in found.items()}
+    return exact | observe_rows(make, cold)
 
 
 def stack(contexts: list[Tensor]) -> Tensor:
@@ -146,9 +168,14 @@ def stack(contexts: list[Tensor]) -> Tensor:
     return torch.stack(contexts) if contexts else torch.zeros(0)
 
 
-def observe_rows(make: Make) -> dict[str, Observed]:
-    """Generate for several rows; -1 stands for what cannot be measured."""
-    rows = Fixed(make, chained, 7).try_rows(torch.tensor([[5], [3], [6]]), 3, 0.0)
+def observe_rows(make: Make, cold: float) -> dict[str, Observed]:
+    """Generate for several rows; -1 stands for what cannot be measured.
+
+    Args:
+        make: makes the model.
+        cold: 0, or the temperature that is used instead if 0 is an error.
+    """
+    rows = Fixed(make, chained, 7).try_rows(torch.tensor([[5], [3], [6]]), 3, cold)
     kinds = torch.tensor([[50.0] * 4 + [20.0] * 4, [20.0] * 4 + [50.0] * 4])
     mixed = Fixed(make, lambda tokens: kinds[tokens[:, 0]], 8)
     result = mixed.try_rows(torch.arange(2).repeat(ROWS // 2)[:, None], 1, 1.0)
@@ -169,7 +196,7 @@ def observe_rows(make: Make) -> dict[str, Observed]:
     settings = {"temperature 0": (0.0, FLAT), "likely tokens": (1.0, FLAT), **UNLIKELY}
     for name, (temperature, logits) in settings.items():
         shares = torch.full((4,), NOT_MEASURED)
-        if differ or temperature == 0:
+        if differ if temperature else cold == 0:
             is_batch = result is not None if temperature else rows is not None
             fixed = Fixed(make, logits, 4)
             shares = share(fixed.draw(temperature, ROWS if is_batch else ALONE, is_batch), 4)
@@ -206,4 +233,4 @@ def share(tokens: Tensor, vocab_size: int) -> Tensor:
     return (tokens.view(-1, 1) == torch.arange(vocab_size)).double().mean(dim=0)
 
 
-PART = Part("generate", WHERE, make_with(Llama), VARIANTS, observe, adapt)
+PART = Part("generate", WHERE, make_with(Llama), VARIANTS, observe, adapt, combine)

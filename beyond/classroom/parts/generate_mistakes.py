@@ -13,6 +13,8 @@ from llama import Llama
 
 WHERE = "llama.py, Llama.generate"
 BOS, EOS = 1, 2
+# Of the steps that these methods are, two mistakes are looked for together.
+COMBINED = {"is_finished", "ends", "crop", "keep", "greedy", "result"}
 
 Forward = Callable[..., tuple[Tensor, Tensor]]
 Make = Callable[[Forward, LlamaConfig], nn.Module]  # a model with this `forward`
@@ -37,10 +39,13 @@ class Steps(Llama):
     ) -> Tensor:
         start = idx
         self.number = 0  # of the step
+        self.wanted = max_new_tokens
         while not self.is_finished(start, idx, max_new_tokens):
             self.number += 1
             logits = self(self.crop(idx))[0][:, -1]  # (batch, vocab)
             next_token = self.greedy(logits) if temperature == 0 else self.draw(logits, temperature)
+            if self.ends(next_token):
+                break
             idx = torch.cat((self.keep(idx), next_token), dim=1)
         return self.result(start, idx)
 
@@ -59,11 +64,19 @@ class Steps(Llama):
     def weigh(self, logits: Tensor, temperature: float) -> Tensor:
         return F.softmax(logits / temperature, dim=-1)
 
+    def ends(self, next_token: Tensor) -> bool:
+        return False
+
     def keep(self, idx: Tensor) -> Tensor:
         return idx
 
     def result(self, start: Tensor, idx: Tensor) -> Tensor:
         return idx
+
+
+def _end_at(token: int) -> Callable[..., bool]:
+    """Return an `ends` that stops before a token."""
+    return lambda model, next_token: bool((next_token == token).all())
 
 
 def _stop_at(token: int) -> Callable[..., bool]:
@@ -124,8 +137,16 @@ def _entry(
 ) -> Variant:
     """Make an entry whose variants have other methods than `Steps`; kind: "edition" or "note"."""
     mistake = Mistake(name, WHERE, why, seen, kind == "edition", kind == "note")
-    subjects = [make_with(type("Variant", (Steps,), changes)) for changes in (methods, *others)]
+    subjects = [combine(**changes) for changes in (methods, *others)]
     return Variant(mistake, subjects[0], tuple(subjects[1:]))
+
+
+def combine(**methods: Any) -> Make:
+    """Return a function that makes a model with other methods than `Steps`."""
+    make: Any = make_with(type("Variant", (Steps,), methods))
+    if methods.keys() <= COMBINED:
+        make.changes = methods
+    return make
 
 
 VARIANTS = (
@@ -177,6 +198,17 @@ VARIANTS = (
         "Tokens are drawn at temperature 0 too, so the greedy text changes from run to run. "
         "At temperature 0 take the argmax of the logits.",
         greedy=lambda model, logits: model.draw(logits, 1.0),
+    ),
+    _entry(
+        "no case for temperature 0",
+        "The logits are divided by 0, which ends in an error about inf or nan. At temperature 0 "
+        "take the argmax of the logits.",
+        greedy=lambda model, logits: model.draw(logits, 0.0),
+    ),
+    _entry(
+        "least likely token at temperature 0",
+        "argmin takes the token that the model thinks least of. Take the argmax of the logits.",
+        greedy=lambda _, logits: logits.argmin(dim=-1, keepdim=True),
     ),
     _entry(
         "argmax over the whole tensor",
@@ -265,12 +297,14 @@ VARIANTS = (
         "stops early, at EOS",
         "Generation ends at the end-of-sequence token. The assignment generates exactly "
         "max_new_tokens, and its reference texts go on.",
+        others=[{"ends": _end_at(EOS)}],
         is_finished=_stop_at(EOS),
     ),
     _entry(
         "stops early, at BOS",
         "Generation ends at the begin-of-sequence token. That is sensible for TinyStories models, "
         "but the assignment generates exactly max_new_tokens.",
+        others=[{"ends": _end_at(BOS)}],
         is_finished=_stop_at(BOS),
     ),
     _entry(
@@ -288,6 +322,7 @@ VARIANTS = (
     _entry(
         "only the new tokens are returned",
         "The context is missing in the result. Return the context and its continuation.",
+        others=[{"result": lambda model, start, idx: idx[:, -model.wanted :]}],
         result=lambda model, start, idx: idx[:, start.shape[1] :],
     ),
     _entry(

@@ -29,6 +29,7 @@ OURS_GENERATE: tuple[Row, ...] = (
     ("softmax over the batch", SOFTMAX, "return F.softmax(logits / temperature, dim=0)"),
     ("always the argmax", "if temperature == 0:", "if temperature >= 0:"),
     ("random at temperature 0", ARGMAX, "temperature = 1.0"),
+    ("least likely token at temperature 0", ARGMAX, "return logits.argmin(dim=-1, keepdim=True)"),
     ("argmax over the whole tensor", ARGMAX, "return logits.argmax().expand(len(logits), 1)"),
     (
         "works for one row only at temperature 0",
@@ -121,6 +122,7 @@ COURSE_GENERATE: tuple[Row, ...] = (
         "                ranked[:, 1:] *= ranked.cumsum(-1)[:, 1:] < 0.9\n"
         "                probs = torch.zeros_like(ranked).scatter(1, order, ranked)",
     ),
+    ("no case for temperature 0", "if temperature == 0.0:", "if False:"),
     ("not cropped", "context = idx[:, -self.params.max_seq_len :]", "context = idx"),
     (
         "nucleus sampling (top-p)",
@@ -224,6 +226,11 @@ OURS_ADAMW: tuple[Row, ...] = (
         COUNT,
         f'{COUNT}\n                state["exp_avg"].zero_()\n'
         '                state["exp_avg_sq"].zero_()',
+    ),
+    (
+        "plain gradient descent",
+        UPDATE,
+        'torch._foreach_add_(parameters, grads, alpha=-group["lr"])',
     ),
     ("step never counted on", CALL, "self._update(parameters, 1, group)"),
     ("step counted from 0", CALL, "self._update(parameters, step - 1, group)"),
@@ -337,6 +344,13 @@ COURSE_ADAMW: tuple[Row, ...] = (
         '                p.data.add_(-alpha * m / (v.sqrt() + group["eps"]))',
     ),
     ("step counted from 2", 'state["step"] = 0', 'state["step"] = 1'),
+    ("moments not kept between steps", "if len(state) == 0:", "if True:"),
+    (
+        "plain gradient descent",
+        "state = self.state[p]\n",
+        'p.data -= group["lr"] * grad\n                continue\n'
+        "                state = self.state[p]\n",
+    ),
     ("step counted from 0", 't = state["step"]', 't = state["step"] - 1'),
     ("parameters not changed", CHANGE, "p = p.data.clone()"),
     ("no weight decay", COURSE_DECAY, "pass"),
@@ -509,6 +523,13 @@ COURSE_CLASSIFIER: tuple[Row, ...] = (
         "        _, hidden_states = self.llama(input_ids)\n",
         COURSE_HEAD.replace("config.dim", "config.vocab_size")
         + "\n\n    def forward(self, input_ids):\n"
+        "        hidden_states, _ = self.llama(input_ids)\n",
+    ),
+    (
+        "logits of the vocabulary instead of the hidden state",
+        f"{COURSE_HEAD}\n\n    def forward(self, input_ids):\n"
+        "        _, hidden_states = self.llama(input_ids)\n",
+        f"{COURSE_HEAD}\n\n    def forward(self, input_ids):\n"
         "        hidden_states, _ = self.llama(input_ids)\n",
     ),
 )

@@ -94,12 +94,12 @@ def test_the_forms_of_torch_are_named_but_only_the_decay_is_a_mistake(tmp_path: 
     new = f'{LINE}p.data.mul_(1 - group["lr"] * group["weight_decay"]){LINE}{plain[1]}\n'
     finding = examine_with(PART, tmp_path, "optimizer.py", old, new)
     assert (finding.status, finding.mistake) == ("mistake", "weight decay before the update")
-    assert "; and: eps added after the bias correction" in finding.text
+    assert " Also: eps added after the bias correction" in finding.text
     new = new.replace('if group["correct_bias"]:', "if True:")
     finding = examine_with(PART, tmp_path, "optimizer.py", old, new)
     assert (finding.status, finding.mistake) == ("mistake", "weight decay before the update")
-    assert "; and: eps added after the bias correction" in finding.text
-    assert "; and: correct_bias=False has no effect" in finding.text
+    assert " Also: eps added after the bias correction" in finding.text
+    assert " Also: correct_bias=False has no effect" in finding.text
 
 
 def test_two_mistakes_that_show_in_the_same_probes_are_both_named(tmp_path: Path) -> None:
@@ -117,6 +117,22 @@ def test_two_mistakes_that_show_in_the_same_probes_are_both_named(tmp_path: Path
     assert finding.status == "mistake"
     assert "bias corrected twice (both forms mixed)" in finding.text
     assert "weight decay inside the gradient (L2)" in finding.text
+
+
+def test_moments_in_variables_and_an_option_that_is_not_read_are_both_named(
+    tmp_path: Path,
+) -> None:
+    old = OPTIMIZER[OPTIMIZER.index(MOMENTS) : OPTIMIZER.index(DECAY)]
+    lines = (
+        'm = beta1 * state["m"] + (1 - beta1) * grad',
+        'v = beta2 * state["v"] + (1 - beta2) * grad * grad',
+        'alpha = group["lr"] * math.sqrt(1 - beta2**t) / (1 - beta1**t)',
+        'p.data = p.data - alpha * m / (torch.sqrt(v) + group["eps"])',
+    )
+    new = "".join(f"{line}{LINE}" for line in lines)
+    finding = examine_with(PART, tmp_path, "optimizer.py", old, new)
+    assert (finding.status, finding.mistake) == ("mistake", "moments not kept between steps")
+    assert "correct_bias=False has no effect" in finding.text
 
 
 def test_the_course_s_own_test_accepts_the_plain_form() -> None:

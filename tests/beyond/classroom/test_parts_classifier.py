@@ -45,6 +45,16 @@ STYLES = {
     ),
     "LogSoftmax": (RESULT, "return torch.nn.LogSoftmax(dim=1)(logits)\n"),
     "logarithm of a softmax": (RESULT, "return logits.softmax(-1).log()\n"),
+    "a gradient in training only": (
+        RUN,
+        f"with torch.set_grad_enabled(self.training):{INDENT}    {RUN}",
+    ),
+    "a model that is run without gradient in evaluation": (
+        RUN,
+        f"if not self.training:{INDENT}    with torch.no_grad():"
+        f"{INDENT}        _, hidden_states = self.llama(input_ids)"
+        f"{INDENT}else:{INDENT}    {RUN}",
+    ),
     "a mask handed to the model": (
         RUN,
         "_, hidden_states = self.llama(input_ids, attention_mask=input_ids != 3)\n",
@@ -106,12 +116,34 @@ def test_a_classifier_may_make_a_tokenizer_whose_file_is_not_here(tmp_path: Path
     assert examine(PART, Student(write(tmp_path, files))).status == "ok"
 
 
-def test_two_mistakes_are_both_named(tmp_path: Path) -> None:
-    old, new = f"{LAST}{INDENT}{DROP}", "final_hidden = hidden_states[:, 0]"
+@pytest.mark.parametrize(
+    ("old", "new", "names"),
+    [
+        (
+            f"{LAST}{INDENT}{DROP}",
+            "final_hidden = hidden_states[:, 0]",
+            ("first column", "no dropout"),
+        ),
+        (
+            f"{LAST}{INDENT}{DROP}{INDENT}{HEAD}        {RESULT}",
+            f"final_hidden = hidden_states[:, -2]{INDENT}{DROP}{INDENT}{HEAD}"
+            "        return F.log_softmax(logits, dim=0)\n",
+            ("column before the last", "softmax over the batch"),
+        ),
+        (
+            f"{RUN}        {LAST}{INDENT}{DROP}",
+            f"hidden_states, _ = self.llama(input_ids){INDENT}{LAST}",
+            ("logits of the vocabulary", "no dropout"),
+        ),
+    ],
+)
+def test_two_mistakes_are_both_named(
+    old: str, new: str, names: tuple[str, str], tmp_path: Path
+) -> None:
     finding = examine_with(PART, tmp_path, "classifier.py", old, new)
     assert finding.status == "mistake"
-    assert "first column" in finding.text
-    assert "no dropout" in finding.text
+    assert names[0] in finding.text
+    assert names[1] in finding.text
 
 
 def test_the_steps_of_the_variants_are_right_as_they_stand() -> None:

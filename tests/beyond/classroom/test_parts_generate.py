@@ -18,6 +18,7 @@ SAMPLE = "idx_next = torch.multinomial(probs, num_samples=1)"
 CONTEXT = "context = idx[:, -self.params.max_seq_len :]"
 LOGITS = "logits, _ = self(context)\n"
 LINE = "\n                "
+SLOW = ("row by row", "max for the argmax", "argmax of probabilities")  # the last two: topk is one
 STYLES = {
     "topk for the argmax": (GREEDY, "_, idx_next = torch.topk(logits, k=1, dim=-1)"),
     "max for the argmax": (GREEDY, "idx_next = logits.max(dim=1, keepdim=True)[1]"),
@@ -66,7 +67,10 @@ STYLES = {
 }
 
 
-@pytest.mark.parametrize("name", STYLES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.sweep if name in SLOW else ()) for name in STYLES],
+)
 def test_a_right_solution_is_ok_in_every_style(name: str, tmp_path: Path) -> None:
     finding = examine_with(PART, tmp_path, "llama.py", *STYLES[name])
     assert (finding.status, finding.text) == ("ok", "")
@@ -93,6 +97,25 @@ def test_two_mistakes_are_both_named(tmp_path: Path) -> None:
     assert "not cropped" in text
 
 
+END = "            idx = torch.cat((idx, idx_next), dim=1)\n        return idx\n"
+
+
+def test_a_stop_before_eos_and_a_lost_context_are_both_named(tmp_path: Path) -> None:
+    new = "            if (idx_next == 2).all():\n                break\n" + END.replace(
+        "return idx", "return idx[:, -max_new_tokens:]"
+    )
+    text = examine_with(PART, tmp_path, "llama.py", END, new).text
+    assert "stops early, at EOS" in text
+    assert "only the new tokens are returned" in text
+
+
+def test_an_error_of_another_kind_at_temperature_0_is_shown(tmp_path: Path) -> None:
+    finding = examine_with(PART, tmp_path, "llama.py", GREEDY, "idx_next = logits.argmax(dim=7)")
+    assert finding.status == "error"
+    assert finding.text.startswith("llama.py:")
+    assert "Dimension out of range" in finding.text
+
+
 def test_a_cache_is_refused_and_not_called_a_mistake(tmp_path: Path) -> None:
     new = "logits, _ = self(context, None, torch.ones_like(context))\n"
     finding = examine_with(PART, tmp_path, "llama.py", LOGITS, new)
@@ -115,7 +138,10 @@ def test_shares_are_far_from_the_limit_of_what_counts_as_drawn() -> None:
                 assert is_far.all(), (name, observed.value)
 
 
-@pytest.mark.parametrize(("rows", "is_batch", "bound"), [(ROWS, True, 0.036), (ALONE, False, 0.08)])
+@pytest.mark.parametrize(
+    ("rows", "is_batch", "bound"),
+    [(ROWS, True, 0.036), pytest.param(ALONE, False, 0.08, marks=pytest.mark.sweep)],
+)
 def test_frequencies_lie_within_the_stated_bound_of_the_softmax(
     rows: int, is_batch: bool, bound: float
 ) -> None:
@@ -137,4 +163,4 @@ def test_sampling_is_examined_row_by_row_if_several_rows_fail(tmp_path: Path) ->
     )
     finding = examine_with(PART, tmp_path, "llama.py", old, new)
     assert (finding.status, finding.mistake) == ("mistake", "temperature multiplied")
-    assert "; and: works for one row only above temperature 0" in finding.text
+    assert " Also: works for one row only above temperature 0" in finding.text

@@ -15,6 +15,7 @@ from beyond.classroom.parts.loading import (
     judge_parameter,
     load_like_the_course,
 )
+from beyond.classroom.report import show
 from tests.beyond.classroom.styles import examine_with
 
 READ = "contents = torch.load(checkpoint, map_location=device)"
@@ -63,7 +64,8 @@ def test_a_right_solution_is_ok_in_every_style(name: str, tmp_path: Path) -> Non
 def test_the_course_s_own_loader_is_ok_with_a_remark(old: str, new: str, tmp_path: Path) -> None:
     finding = examine_with(PART, tmp_path, "llama.py", old, new)
     assert (finding.status, finding.mistake) == ("ok", HUB)
-    assert finding.text.startswith(f"{HUB} (llama.py, load_pretrained): ")
+    assert finding.text.startswith(f"{HUB} (llama.py): ")
+    assert len(show(finding).split("\n")) == 1  # a right solution does not look faulted
 
 
 def test_renamed_attributes_that_are_mapped_are_ok(tmp_path: Path) -> None:
@@ -80,7 +82,7 @@ def test_a_remark_does_not_hide_a_mistake(tmp_path: Path) -> None:
     old = "        self.tok_embeddings.weight = self.output.weight\n"
     finding = examine_with(PART, tmp_path, "llama.py", old, "")
     assert (finding.status, finding.mistake) == ("mistake", "embeddings not tied")
-    assert f"; and: {HUB}" in finding.text
+    assert f" Also: {HUB}" in finding.text
 
 
 @pytest.mark.parametrize("new", ["raise NotImplementedError", "return None"])

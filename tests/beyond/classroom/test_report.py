@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +57,9 @@ def test_the_last_line_counts_all_parts() -> None:
         "1 mistake, 1 wrong, 1 error, 1 todo"
     )
     assert summarize(FINDINGS[:1]) == "1 of 1 parts are ok"
+    assert (
+        summarize(FINDINGS[2:] * 2) == "0 of 8 parts are ok; 2 mistakes, 2 wrong, 2 errors, 2 todo"
+    )
 
 
 def test_results_have_the_shape_that_gradescope_reads() -> None:
@@ -163,6 +167,43 @@ def test_our_own_folder_is_ok(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     *lines, last = capsys.readouterr().out.splitlines()
     assert lines == [f"ok       {part.name}" for part in PARTS]
     assert last == f"{len(PARTS)} of {len(PARTS)} parts are ok"
+
+
+@pytest.mark.usefixtures("light")
+def test_an_error_of_several_parts_is_shown_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Gradescope shows the parts one by one, so each has the whole error there."""
+    (tmp_path / "rope.py").write_text("import llama\n" + RIGHT)
+    (tmp_path / "llama.py").write_text("def load():\n    open('no.pt')\n\nload()\n")
+    target = tmp_path / "results.json"
+    assert main(["--of", str(tmp_path), "--json", str(target)]) == 1
+    out = capsys.readouterr().out.splitlines()
+    assert " ".join(line.strip() for line in out[:3]) == (
+        "error    rope: llama.py:2: FileNotFoundError: [Errno 2] No such file or directory: "
+        "'no.pt'; line 4 of llama.py runs on import: put it under if __name__ == \"__main__\": "
+        "error    optimizer: there is no optimizer.py in the folder"
+    )
+    assert out[3:] == ["error    llama: the same error as in rope", "0 of 3 parts are ok; 3 errors"]
+    tests = json.loads(target.read_text(encoding="utf-8"))["tests"]
+    assert tests[2]["output"] == tests[0]["output"] != "the same error as in rope"
+
+
+@pytest.mark.usefixtures("light")
+def test_a_reader_that_has_gone_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in `sanity_check.py --of FOLDER | head -1`; the results are written all the same."""
+    (tmp_path / "rope.py").write_text(RIGHT)
+    target = tmp_path / "results.json"
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert main(["--of", str(tmp_path), "--json", str(target)]) == 1
+        monkeypatch.undo()
+    assert capsys.readouterr().err == ""
+    assert len(json.loads(target.read_text(encoding="utf-8"))["tests"]) == 3
 
 
 @pytest.mark.usefixtures("light")

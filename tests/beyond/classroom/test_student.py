@@ -1,6 +1,7 @@
 """beyond/classroom/student.py: a folder's modules beside ours, whatever they import."""
 
 import importlib
+import subprocess
 import sys
 from pathlib import Path
 
@@ -102,9 +103,26 @@ def test_a_file_with_the_name_of_a_library_does_not_replace_it(tmp_path: Path) -
     ("source", "text"),
     [
         ("x = 1\nif:", "rope.py:2: SyntaxError: invalid syntax"),
-        ("x = 'a\0b'", "SyntaxError: source code string cannot contain null bytes"),
+        ("x = 'a\0b'", "rope.py: SyntaxError: source code string cannot contain null bytes"),
         ("\n1 / 0", "rope.py:2: ZeroDivisionError: division by zero"),
         ("import sys\nsys.exit('no data')", "rope.py:2: the program ends itself (exit status no "),
+        ("exit()", "rope.py:1: the program ends itself (exit status 0); remove exit()"),
+        (
+            "def f():\n    raise EOFError('EOF when reading a line')\nf()",
+            "rope.py:2: input() has nothing to read here; remo",
+        ),
+        ("import bdb\nraise bdb.BdbQuit", "rope.py:2: the program stops in the debugger; remove "),
+        ("import torch\ntorch.ones(1).cuda()", "rope.py:2: the code asks for a GPU, and there is"),
+        ("x = 1\nassert x == 2", "rope.py:2: AssertionError: assert x == 2"),
+        ("assert 1 == 2, 'no'", "rope.py:1: AssertionError: no"),
+        (
+            "import torch\ntorch.ones(2, 3) @ torch.ones(2, 3)",
+            "(2x3 and 2x3) (the checker's model and inputs are small: the sizes are theirs)",
+        ),
+        (
+            "def load():\n    open('no.pt')\n\nload()",
+            '; line 4 of rope.py runs on import: put it under if __name__ == "__main__":',
+        ),
         ("import llama", "rope.py:1: there is no llama.py in the folder"),
         ("from utils import *\nfrom helper import x", "rope.py:2: ImportError: cannot import name"),
         ("raise ValueError('a\\n' * 999)", "rope.py:1: ValueError: a a a"),
@@ -123,6 +141,27 @@ def test_a_module_that_cannot_be_imported_is_one_line(
     assert text in message and len(message) < 400 and str(tmp_path) not in message
     assert error_of(student, "rope") == message
     assert importlib.import_module("rope") is rope
+
+
+def test_the_encoding_of_a_file_is_named_if_it_is_utf_16(tmp_path: Path) -> None:
+    """As some editors save it on Windows."""
+    (tmp_path / "rope.py").write_text("x = 1\n", encoding="utf-16")
+    assert error_of(Student(tmp_path), "rope") == "rope.py is saved as UTF-16; save it as UTF-8"
+
+
+@pytest.mark.parametrize("source", [b"# caf\xe9\nx = 1\n", b"\n\nx = 'caf\xe9'\n"])
+def test_a_file_in_another_encoding_is_taken_as_python_takes_it(
+    tmp_path: Path, source: bytes
+) -> None:
+    (tmp_path / "rope.py").write_bytes(source)
+    command = [sys.executable, "-Bc", "import rope"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    try:
+        is_taken = bool(Student(tmp_path).module("rope"))
+    except StudentError as error:
+        assert "rope.py" in str(error)
+        is_taken = False
+    assert is_taken == (done.returncode == 0)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
