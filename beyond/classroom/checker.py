@@ -10,6 +10,7 @@ import os
 import re
 import selectors
 import signal
+import sys
 import tempfile
 import time
 import warnings
@@ -252,7 +253,10 @@ class _Worker:
             return
         message = json.loads(line)
         if "ready" in message:
-            self._is_ready, self._has = True, resident_memory(self.started.list())
+            # The largest of its processes, which are forks of each other. A sum of their shares
+            # would grow by itself, since a page that only one of them still uses counts whole.
+            sizes = [resident_memory([process], sys.maxsize) for process in self.started.list()]
+            self._is_ready, self._has = True, max(sizes, default=0)
         self.importing = message.get("importing", self.importing)
         if "finding" in message:
             self._found.append(Finding(**message["finding"]))

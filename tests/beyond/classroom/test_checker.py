@@ -1,6 +1,8 @@
 """beyond/classroom/checker.py: code that crashes, hangs, floods, forks or cheats harms nothing."""
 
+import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -113,9 +115,27 @@ def test_code_that_does_not_return_is_named(folder: Path, lines: list[str], text
 
 
 def test_memory_is_limited_for_all_processes_together(folder: Path) -> None:
-    hoard = "x = [bytes(b'x') * (80 << 20) for _ in range(2)]"
+    hoard = "x = [bytes(b'x') * (120 << 20) for _ in range(2)]"
     finding = check_with(folder, body("for _ in range(2): os.fork()", hoard, "time.sleep(9)"))
     assert finding.text == "more than 0.5 GiB of memory"
+
+
+def test_memory_that_the_checker_no_longer_shares_is_not_the_folders(folder: Path) -> None:
+    """The worker is a fork of the checker; when one of both writes, it gets pages of its own."""
+    shared, is_over = bytearray(b"x") * (400 << 20), threading.Event()
+
+    def write() -> None:
+        while not is_over.wait(1.5):  # after the worker has begun
+            shared[::4096] = bytes(len(shared) // 4096)
+
+    thread = threading.Thread(target=write)
+    limits = replace(LIMITS, memory=100 << 20)
+    thread.start()
+    try:
+        assert check_with(folder, body("time.sleep(2.5)", "return 7"), limits).status == "ok"
+    finally:
+        is_over.set()
+        thread.join()
 
 
 def test_an_allocation_beyond_the_limit_fails(folder: Path) -> None:

@@ -171,9 +171,10 @@ def test_our_own_folder_is_ok(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.usefixtures("light")
 def test_an_error_of_several_parts_is_shown_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Gradescope shows the parts one by one, so each has the whole error there."""
+    monkeypatch.setenv("COLUMNS", "100")
     (tmp_path / "rope.py").write_text("import llama\n" + RIGHT)
     (tmp_path / "llama.py").write_text("def load():\n    open('no.pt')\n\nload()\n")
     target = tmp_path / "results.json"
