@@ -368,6 +368,7 @@ def without_times(out: str) -> str:
     return re.sub(r"\d+\.?\d* s\b|\d+ tokens/s|\d{8}-\d{6}", "", out)
 
 
+@pytest.mark.sweep
 def test_with_our_bodies_it_gives_what_ours_gives(
     skeleton: Path,
     tmp_path: Path,
