@@ -33,6 +33,7 @@ from tests.beyond.runs import (
     run_uninterrupted,
     strike_and_resume,
 )
+from tests.beyond.test_processes import STILL_FINETUNE
 
 RATES = ["--warmup", "0.3", "--linear_decay", "--weight_decay", "0.1", "--max_grad_norm", "0.5"]
 RATES += ["--label_smoothing", "0.1"]
@@ -59,6 +60,30 @@ def test_a_resumed_run_ends_as_if_it_had_not_been_interrupted(
     for flags, strike in points:
         ends = strike_and_resume(run_forks, workplace, [*argv, *flags], strike, expected)
         assert ends == (True, True), strike
+
+
+@pytest.mark.parametrize("flag", ["--mixout=0.5", "--smart=1", "--r_drop=1"])
+def test_a_resumed_run_of_a_method_that_draws_ends_alike(
+    run_forks: RunForks, workplace: Path, flag: str
+) -> None:
+    argv = [*FINETUNE, flag]
+    expected = run_uninterrupted(run_forks, workplace, argv)
+    strike = Strike(TERM, "step", 4)
+    assert strike_and_resume(run_forks, workplace, argv, strike, expected) == (True, True)
+
+
+@pytest.mark.parametrize("mode", [["--causal"], ["--micro_batch_size", "1"]])
+@pytest.mark.parametrize("flag", ["--mixout=0.5", "--smart=1"])
+def test_two_processes_draw_what_one_does(
+    run_forks: RunForks, workplace: Path, flag: str, mode: list[str]
+) -> None:
+    """What is drawn depends on seed, step and line only."""
+    argv = [*STILL_FINETUNE, flag, *mode]
+    folder = copy_of(workplace, "several")
+    ((status, _, err),) = run_forks([Job(argv, folder, processes=2)])
+    assert status == 0, err
+    assert main(argv) == 0
+    assert_close_results(folder, workplace)
 
 
 @pytest.mark.parametrize(("name", "processes"), [("layers", 3), ("lora", 2), ("frozen", 2)])

@@ -11,7 +11,7 @@ from base_llama import load_safely
 from beyond.methods.method import Method
 from beyond.methods.mixout import Mixout
 from classifier import LlamaEmbeddingClassifier
-from run_llama import classification_loss, main
+from run_llama import classification_loss
 from tests.beyond.methods.steps import (
     assert_close_gradients,
     assert_same_training,
@@ -22,17 +22,8 @@ from tests.beyond.methods.steps import (
 )
 from tests.beyond.runs import (
     FINETUNE,
-    TERM,
-    Job,
-    RunForks,
-    Strike,
-    assert_close_results,
-    copy_of,
     interrupt,
-    run_uninterrupted,
-    strike_and_resume,
 )
-from tests.beyond.test_processes import STILL_FINETUNE
 from tests.oracle import numpy_forward
 
 P = 0.3
@@ -234,22 +225,3 @@ def test_an_interrupted_run_saves_the_weights_themselves(workplace: Path) -> Non
     assert moved.max() <= 1.01e-3
     # About half of the weights were kept; the others had no gradient.
     assert 0.4 < (moved == 0).float().mean() < 0.6
-
-
-def test_an_interrupted_run_is_resumed_bit_for_bit(run_forks: RunForks, workplace: Path) -> None:
-    argv = [*FINETUNE, "--mixout", "0.5"]
-    expected = run_uninterrupted(run_forks, workplace, argv)
-    strike = Strike(TERM, "step", 4)
-    assert strike_and_resume(run_forks, workplace, argv, strike, expected) == (True, True)
-
-
-@pytest.mark.parametrize("flags", [["--causal"], ["--micro_batch_size", "1"]])
-def test_two_processes_compute_what_one_does(
-    run_forks: RunForks, workplace: Path, flags: list[str]
-) -> None:
-    argv = [*STILL_FINETUNE, "--mixout", "0.5", *flags]
-    folder = copy_of(workplace, "several")
-    ((status, _, err),) = run_forks([Job(argv, folder, processes=2)])
-    assert status == 0, err
-    assert main(argv) == 0
-    assert_close_results(folder, workplace)

@@ -1,7 +1,5 @@
 """R-Drop: the loss of two passes, their gradients, and which dropout they have."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -20,7 +18,6 @@ from tests.beyond.methods.steps import (
     run_steps,
     train,
 )
-from tests.beyond.runs import FINETUNE, TERM, RunForks, Strike, run_uninterrupted, strike_and_resume
 
 ALPHA = 1.7
 MODES = pytest.mark.parametrize("causal", [False, True])
@@ -138,10 +135,3 @@ def test_steps_are_repeatable() -> None:
         for _ in range(2)
     ]
     assert_same_training(*runs)
-
-
-def test_an_interrupted_run_is_resumed_bit_for_bit(run_forks: RunForks, workplace: Path) -> None:
-    argv = [*FINETUNE, "--r_drop", "1"]
-    expected = run_uninterrupted(run_forks, workplace, argv)
-    strike = Strike(TERM, "step", 4)
-    assert strike_and_resume(run_forks, workplace, argv, strike, expected) == (True, True)

@@ -1,7 +1,5 @@
 """SMART: delta and penalty against the equations in float64, and what the noise depends on."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -12,7 +10,7 @@ from beyond.methods.method import Method
 from beyond.methods.smart import NOISE, RADIUS, STEP_SIZE, Smart
 from beyond.runtime import Runtime, prepare_model
 from classifier import LlamaEmbeddingClassifier
-from run_llama import classification_loss, main
+from run_llama import classification_loss
 from tests.beyond.methods.steps import (
     SENTENCES,
     assert_close_gradients,
@@ -21,18 +19,6 @@ from tests.beyond.methods.steps import (
     make_rows,
     train,
 )
-from tests.beyond.runs import (
-    FINETUNE,
-    TERM,
-    Job,
-    RunForks,
-    Strike,
-    assert_close_results,
-    copy_of,
-    run_uninterrupted,
-    strike_and_resume,
-)
-from tests.beyond.test_processes import STILL_FINETUNE
 from tests.conftest import make_llama
 from tests.oracle import numpy_forward
 
@@ -254,22 +240,3 @@ def test_the_penalty_survives_bfloat16() -> None:
         assert all(p.grad.isfinite().all() for p in classifier.parameters() if p.grad is not None)
         penalties.append((method - plain).item())
     assert penalties[1] == pytest.approx(penalties[0], rel=0.5)
-
-
-def test_an_interrupted_run_is_resumed_bit_for_bit(run_forks: RunForks, workplace: Path) -> None:
-    argv = [*FINETUNE, "--smart", "1"]
-    expected = run_uninterrupted(run_forks, workplace, argv)
-    strike = Strike(TERM, "step", 4)
-    assert strike_and_resume(run_forks, workplace, argv, strike, expected) == (True, True)
-
-
-@pytest.mark.parametrize("flags", [["--causal"], ["--micro_batch_size", "1"]])
-def test_two_processes_compute_what_one_does(
-    run_forks: RunForks, workplace: Path, flags: list[str]
-) -> None:
-    argv = [*STILL_FINETUNE, "--smart", "1", *flags]
-    folder = copy_of(workplace, "several")
-    ((status, _, err),) = run_forks([Job(argv, folder, processes=2)])
-    assert status == 0, err
-    assert main(argv) == 0
-    assert_close_results(folder, workplace)
