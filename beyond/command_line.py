@@ -18,7 +18,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, cast
 
-from beyond.demo import data_files, demo_folder, stand_in_note
+from beyond.demo import EPOCHS, LEARNING_RATE, data_files, demo_folder, stand_in_note
 from beyond.formats.files import default_tokenizer
 from beyond.methods.options import MethodOptions
 from beyond.methods.recipes import RECIPES, RULED
@@ -208,7 +208,8 @@ def get_args(argv: Sequence[str] | None = None) -> Options:
 def choose_demo(values: dict[str, Any], task: str) -> tuple[str, ...]:
     """Fill in the whole demo if no file is named and a default file is missing.
 
-    Also fills in the demo's model if `--dataset demo` is given without a model.
+    Also fills in the demo's model if `--dataset demo` is given without a model. The demo's model is
+    fine-tuned on the demo's reviews with a learning rate and epochs of its own.
 
     Returns:
         A note that the demo stands in; empty if it does not.
@@ -218,6 +219,7 @@ def choose_demo(values: dict[str, Any], task: str) -> tuple[str, ...]:
         has_model = "pretrained_model_path" in values or new_model_flags(values)
         if values.get("dataset") == "demo" and not has_model:
             values["pretrained_model_path"] = demo_model
+            fill_in_demo_training(values, task)
         return ()
     data = data_files("cfimdb")
     defaults = [CHECKPOINT, TOKENIZER, *(data[name] for name in data if name in TASKS[task].reads)]
@@ -227,7 +229,15 @@ def choose_demo(values: dict[str, Any], task: str) -> tuple[str, ...]:
     values["pretrained_model_path"] = demo_model
     if task != "generate":
         values["dataset"] = "demo"
+    fill_in_demo_training(values, task)
     return (stand_in_note(missing[0]),)
+
+
+def fill_in_demo_training(values: dict[str, Any], task: str) -> None:
+    """Fill in the demo's own learning rate and epochs, unless a recipe sets them."""
+    if task == "finetune" and "recipe" not in values:
+        values.setdefault("lr", LEARNING_RATE)
+        values.setdefault("epochs", EPOCHS)
 
 
 def new_model_flags(values: dict[str, Any]) -> list[str]:

@@ -260,6 +260,23 @@ def test_dataset_demo_is_the_whole_demo(workplace: Path, task: str) -> None:
     assert args.input_files[:2] == ("stories42M.pt", "tokenizer.model")
 
 
+def test_the_demo_is_fine_tuned_at_a_rate_of_its_own(workplace: Path) -> None:
+    """Only the demo's model on the demo's reviews, and not what a flag or a recipe sets."""
+    demo = ["--option", "finetune", "--dataset", "demo"]
+    args = get_args(demo)
+    assert isinstance(args, FinetuneOptions) and (args.lr, args.epochs) == (2e-4, 4)
+    model = ["--pretrained-model-path", "stories42M.pt"]
+    args = get_args([*demo, *model])
+    assert isinstance(args, FinetuneOptions) and (args.lr, args.epochs) == (2e-5, 5)
+    args = get_args([*demo, "--lr", "1e-3", "--epochs", "1"])
+    assert isinstance(args, FinetuneOptions) and (args.lr, args.epochs) == (1e-3, 1)
+    args = get_args([*demo, "--recipe", "better"])
+    assert isinstance(args, FinetuneOptions) and args.left_to_rule == ("lr", "epochs")
+    remove(["stories42M.pt"])
+    args = get_args(["--option", "finetune"])
+    assert isinstance(args, FinetuneOptions) and (args.lr, args.epochs) == (2e-4, 4)
+
+
 def test_the_demos_model_can_be_used_on_purpose(
     workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
