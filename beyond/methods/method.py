@@ -20,6 +20,7 @@ from beyond.methods.ingredient import Ingredient, LossFn, Rows
 from beyond.methods.label_smoothing import smooth_labels
 from beyond.methods.lora import Lora
 from beyond.methods.mixout import Mixout
+from beyond.methods.proximal_point import ProximalPoint
 from beyond.methods.r_drop import RDrop
 from beyond.methods.schedules import GradientClipping, LearningRates, WeightDecay
 from beyond.methods.smart import Smart
@@ -133,6 +134,9 @@ def build_method(
         ingredients.append(Lora(classifier, rank, alpha, matrices, options.seed))
     if options.smart:
         ingredients.append(Smart(classifier, options.smart, options.seed))
+    if options.bregman:
+        parameters = trained([classifier, *ingredients])
+        ingredients.append(ProximalPoint(classifier, parameters, options.bregman))
     if options.r_drop:
         ingredients.append(RDrop(loss_fn, options.r_drop, options.seed))
     if options.mixout:

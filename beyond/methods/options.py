@@ -145,8 +145,13 @@ class MethodOptions:
     )
     smart: float = flag(
         "weight of SMART's penalty on how much a small change of the embeddings changes the "
-        "prediction (its smoothness-inducing regulariser only, without the Bregman proximal point "
-        "method); 0: off",
+        "prediction (smoothness-inducing regularisation); 0: off",
+        0.0,
+        type=non_negative,
+    )
+    bregman: float = flag(
+        "weight of SMART's penalty on how far the prediction is from that of a moving average of "
+        "the weights (Bregman proximal point optimization); 0: off",
         0.0,
         type=non_negative,
     )
