@@ -102,7 +102,8 @@ class MethodOptions:
         action=argparse.BooleanOptionalAction,  # so that a recipe's can be switched off
     )
     layer_decay: float = flag(
-        "multiply the learning rate by this number for each layer that lies nearer to the input",
+        "the learning rate of a layer is this number times that of the layer above it, and the "
+        "head has --lr; 1: all have --lr",
         1.0,
         type=positive_fraction,
     )
@@ -117,7 +118,8 @@ class MethodOptions:
         type=non_negative,
     )
     ema: float = flag(
-        "evaluate and keep a moving average of the weights with this decay per step; 0: off",
+        "evaluate and keep a moving average of the weights with this decay per step, or less in "
+        "the first steps; 0: off",
         0.0,
         type=dropout_probability,
     )
@@ -129,10 +131,10 @@ class MethodOptions:
     freeze_backbone: bool = switch(
         "train the head only (a linear probe); the frozen backbone uses no dropout"
     )
-    lora_rank: int = flag(
-        "train low-rank updates of this rank instead of the layers' matrices; 0: off",
-        0,
-        type=non_negative_int,
+    lora_rank: int | None = flag(
+        "LoRA: train low-rank updates of this rank, and the head, and nothing else (default: off)",
+        None,
+        type=at_least_one,
     )
     lora_alpha: float = flag(
         "LoRA: the update is scaled by this number / rank", 16.0, type=non_negative
@@ -198,7 +200,10 @@ class MethodOptions:
                 "zero-shot classifier"
             )
         if self.wise_ft != 1 and self.lora_rank:
-            raise ValueError("--wise_ft and --lora_rank: lower --lora_alpha instead")
+            raise ValueError(
+                "--wise_ft and --lora_rank: WiSE-FT mixes weights that train, and with LoRA the "
+                "pretrained ones do not; leave one out"
+            )
         if self.head == "label_words":
             if self.freeze_backbone:
                 raise ValueError("--freeze_backbone: --head label_words has no head of its own")

@@ -35,7 +35,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from beyond.methods.averaging import MovingAverage
+from beyond.methods.averaging import WeightAverage
 from beyond.methods.divergence import symmetric_kl
 from beyond.methods.ingredient import Ingredient, Rows
 from beyond.methods.randomness import preserve_random_state
@@ -59,14 +59,14 @@ class ProximalPoint(Ingredient):
     ) -> None:
         super().__init__()
         self.weight = weight
-        self.average = MovingAverage(parameters, DECAY)
+        self.average = WeightAverage(parameters)
         # Not the module itself, which would become a part of this one and be saved twice.
         self.predict = classifier.__call__
         self.average_log_probs: Tensor | None = None  # (rows, num_labels), of the current rows
 
     def before_forward(self, rows: Rows) -> None:
         """Predict with the averaged weights and the dropout masks of the plain pass."""
-        with torch.no_grad(), preserve_random_state(), self.average.kept_weights():
+        with torch.no_grad(), preserve_random_state(), self.average.in_use():
             self.average_log_probs = self.predict(rows.tokens, rows.lengths)
 
     def loss(self, loss: Tensor, classifier: nn.Module, rows: Rows, log_probs: Tensor) -> Tensor:
@@ -78,4 +78,4 @@ class ProximalPoint(Ingredient):
 
     def after_update(self) -> None:
         """Move the averages towards the weights."""
-        self.average.after_update()
+        self.average.move(DECAY)

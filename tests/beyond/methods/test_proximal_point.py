@@ -114,9 +114,7 @@ def test_loss_and_gradients_are_the_equations(causal: bool) -> None:
 def test_weight_0_changes_nothing(causal: bool, smart: float) -> None:
     """Of plain fine-tuning and of SMART's regulariser: weights, gradients and random state."""
     without = train(lambda c: [Smart(c, smart, seed=3)], causal, dropout=True)
-    ours = train(
-        lambda c: [Smart(c, smart, seed=3), proximal_point(c, 0.0)], causal, dropout=True
-    )
+    ours = train(lambda c: [Smart(c, smart, seed=3), proximal_point(c, 0.0)], causal, dropout=True)
     assert_same_training(ours, without)
     others = train(lambda c: [Smart(c, smart, seed=3), proximal_point(c)], causal, dropout=True)
     assert torch.equal(others["random state"], without["random state"])
