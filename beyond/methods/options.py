@@ -132,7 +132,7 @@ class MethodOptions:
         "train the head only (a linear probe); the frozen backbone uses no dropout"
     )
     lora_rank: int | None = flag(
-        "LoRA: train low-rank updates of this rank, and the head, and nothing else (default: off)",
+        "LoRA: freeze the backbone and train low-rank updates of this rank (default: off)",
         None,
         type=at_least_one,
     )

@@ -9,7 +9,7 @@ import torch
 
 from base_llama import load_safely
 from beyond.methods.method import Method
-from beyond.methods.proximal_point import DECAY, ProximalPoint
+from beyond.methods.proximal_point import ProximalPoint
 from beyond.methods.smart import Smart
 from beyond.methods.weights import trained
 from beyond.runtime import Runtime, prepare_model
@@ -28,6 +28,7 @@ from tests.beyond.runs import FINETUNE, Job, RunForks, copy_of, run
 from tests.oracle import numpy_forward
 
 TINY = {"dim": 8, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "max_seq_len": 16}
+BETA = 0.99
 WEIGHT = 30.0  # so large that the penalty of a few steps counts
 MODES = pytest.mark.parametrize("causal", [False, True])
 Weights = Mapping[str, np.ndarray]
@@ -52,7 +53,7 @@ def weights_of(classifier: LlamaEmbeddingClassifier) -> dict[str, np.ndarray]:
 
 def log_probs_of(weights: Weights, causal: bool) -> np.ndarray:
     """The log-probabilities of `make_rows`, in NumPy's float64."""
-    copy, rows = make_classifier(causal, **TINY).double(), make_rows()
+    copy, rows = make_classifier(causal, False, **TINY).double(), make_rows()
     with torch.no_grad():
         for name, parameter in copy.named_parameters():
             parameter.copy_(torch.from_numpy(weights[name]))
@@ -77,7 +78,7 @@ def equation(weights: Weights, average: Weights, causal: bool, mu: float = WEIGH
 @MODES
 def test_loss_and_gradients_are_the_equations(causal: bool) -> None:
     """In four steps, whose averages are computed here; the last step's gradients too."""
-    classifier, rows = make_classifier(causal, **TINY), make_rows()
+    classifier, rows = make_classifier(causal, False, **TINY), make_rows()
     method = Method(classifier, classification_loss, [proximal_point(classifier)])
     optimizer = AdamW(method.parameter_groups(), lr=0.1)
     average = weights_of(classifier)
@@ -93,7 +94,7 @@ def test_loss_and_gradients_are_the_equations(causal: bool) -> None:
             optimizer.step()
             method.after_update()
             moved = weights_of(classifier)
-            average = {n: DECAY * w + (1 - DECAY) * moved[n] for n, w in average.items()}
+            average = {n: BETA * w + (1 - BETA) * moved[n] for n, w in average.items()}
     assert expected > 1.05 * equation(weights, average, causal, mu=0.0)  # the penalty counts
     change = 1e-5
     for name, parameter in classifier.named_parameters():
