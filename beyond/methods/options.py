@@ -39,7 +39,7 @@ def matrix_list(text: str) -> tuple[str, ...]:
     names = tuple(text.split(","))
     if len(set(names)) < len(names) or not set(names) <= set(MATRICES):
         raise argparse.ArgumentTypeError(
-            f"{text} is not a list of different matrices among {', '.join(MATRICES)}"
+            f"{text!r} is not a list of different matrices among {', '.join(MATRICES)}"
         )
     return names
 
@@ -141,7 +141,7 @@ class MethodOptions:
     )
     lora_matrices: tuple[str, ...] = flag(
         f"LoRA: which matrices of each layer get an update, a list such as query,value from "
-        f"{', '.join(MATRICES)} (default: query,value)",
+        f"{', '.join(MATRICES)}",
         ("query", "value"),
         type=matrix_list,
     )

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import run_llama
 from base_llama import load_safely
+from beyond.command_line import build_parser
 from beyond.methods.frozen_backbone import FrozenBackbone
 from beyond.methods.lora import PATHS, Lora, LowRankUpdate
 from beyond.methods.method import Method
@@ -280,6 +281,11 @@ def test_compiled_model_gives_the_same() -> None:
             "24, or other --lora_matrices",
         ),
         (["--lora_rank", "0"], "argument --lora_rank: 0 is below 1"),
+        (
+            ["--lora_rank", "2", "--lora_matrices", ""],
+            "argument --lora_matrices: '' is not a list of different matrices among query, key, "
+            "value, output, w1, w2, w3",
+        ),
         (["--lora_alpha", "8"], "--lora_alpha: needs --lora_rank"),
         (["--lora_matrices", "key"], "--lora_matrices: needs --lora_rank"),
         (
@@ -294,6 +300,11 @@ def test_bad_flags_are_one_line(
     status, _, err = run([*FINETUNE, *flags], capsys)
     assert (status, err) == (2, f"run_llama.py: error: {reason}\n")
     assert not Path("out/a.pt").exists()
+
+
+def test_help_says_the_default_once() -> None:
+    words = " ".join(build_parser().format_help().split())
+    assert "output, w1, w2, w3 (default: query,value) --smart" in words
 
 
 def test_largest_rank_is_allowed(workplace: Path) -> None:
