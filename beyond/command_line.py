@@ -144,7 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
                 title = "every task" if len(tasks) == len(TASKS) else ", ".join(tasks)
                 groups[tasks] = parser.add_argument_group(title)
             is_constant = not any(f.default is value for value in (MISSING, None, False, ()))
-            default = f" (default: {f.default})" if is_constant else ""
+            default = f" (default: {declared.words(f.name, f.default)[-1]})" if is_constant else ""
             groups[tasks].add_argument(
                 f"--{declared.spelling or f.name}",
                 dest=f.name,

@@ -1,12 +1,15 @@
 """An average of the weights over the steps (EMA), which is evaluated and kept.
 
 Polyak & Juditsky 1992, "Acceleration of stochastic approximation by averaging". Here the average is
-exponential, so it forgets the first steps. After each step:
+exponential, so it forgets the first steps. After step t, from 0:
 
-    theta_ema <- d theta_ema + (1 - d) theta
+    theta_ema <- d_t theta_ema + (1 - d_t) theta, with d_t = min(d, (1 + t) / (10 + t))
 
-theta_ema begins at the weights before the first step, so it needs no bias correction. Training goes
-on from theta; nothing of it changes.
+theta_ema begins at the weights before the first step. With the same d in all steps, a short run
+would keep many of them, with an untrained head: after 65 steps with d = 0.99 half of theta_ema. So
+the decay begins low, as in TensorFlow's ExponentialMovingAverage, and the average is that of about
+the last tenth of the steps until d is reached (0.99 after 890 steps). Training goes on from theta;
+nothing of it changes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,34 +22,61 @@ from beyond.methods.ingredient import Ingredient
 from beyond.methods.weights import replaced
 
 
-class MovingAverage(Ingredient):
-    """Averages parameters; the training checkpoint has the averages too.
+class WeightAverage(nn.Module):
+    """An exponential average of parameters; the training checkpoint has it too.
 
-    They are parameters that do not train, not buffers: several processes would send each other all
-    buffers in each step, and every process computes the same averages.
+    The averages are parameters that do not train, not buffers: several processes would send each
+    other all buffers in each step, and every process computes the same averages.
 
     Args:
-        parameters: those that train. If there are low-rank updates, A and B are averaged, not their
-            product.
-        decay: d, per step, in [0, 1).
+        parameters: those that train, and where the average begins. If there are low-rank updates,
+            A and B are averaged, not their product.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         super().__init__()
         self.parameters_of_run = tuple(parameters)  # a tuple is not saved
-        self.decay = decay
         self.averages = nn.ParameterList(
             nn.Parameter(parameter.detach().clone(), requires_grad=False)
             for parameter in parameters
         )
 
     @torch.no_grad()
+    def move(self, decay: float) -> None:
+        """Move the averages towards the parameters: decay * average + (1 - decay) * parameter."""
+        torch._foreach_lerp_(list(self.averages), self.parameters_of_run, 1 - decay)
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Let the parameters have their averages, in the block."""
+        with replaced(self.parameters_of_run, list(self.averages)):
+            yield
+
+
+class MovingAverage(Ingredient):
+    """Keeps the average instead of the weights of the last step.
+
+    Args:
+        parameters: those that train.
+        decay: d, per step, in [0, 1).
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
+        super().__init__()
+        self.average = WeightAverage(parameters)
+        self.decay = decay
+        self.step_decay = 0.0  # of the current step
+
+    def begin_step(self, step: int, total_steps: int) -> None:
+        """Compute the decay of a step, from 0 to total_steps - 1."""
+        self.step_decay = min(self.decay, (1 + step) / (10 + step))
+
     def after_update(self) -> None:
         """Move the averages towards the weights."""
-        torch._foreach_lerp_(list(self.averages), self.parameters_of_run, 1 - self.decay)
+        self.average.move(self.step_decay)
 
     @contextmanager
     def kept_weights(self) -> Iterator[None]:
-        """Let the parameters have their averages, in the block."""
-        with replaced(self.parameters_of_run, list(self.averages)):
+        """Let the classifier have the averages, in the block."""
+        with self.average.in_use():
             yield

@@ -5,7 +5,7 @@ arXiv:1610.01644: with a linear head, this measures what the hidden states alrea
 
 Conventions:
 - the backbone computes in eval mode, without dropout, so a sentence always has the same hidden
-  states; the dropout before the head stays;
+  states (in reference mode with the same padding); the dropout before the head stays;
 - whatever is not the backbone trains: the head, and a learned pooling.
 """
 

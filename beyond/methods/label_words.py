@@ -6,7 +6,7 @@ the row of the output projection of word v,
 
     p(y | sentence) = exp(w_y h) / sum over all labels y' of exp(w_y' h).
 
-All weights train, and nothing is new: before training this is the zero-shot classifier for words of
+All weights train, and none is new: before training this is the zero-shot classifier for words of
 one token each, with `--no_trailing_space`. Without tied embeddings the output projection trains
 too, where the linear head leaves it out.
 

@@ -1,7 +1,7 @@
 """The seam between the training loop and the methods: what a step computes, and what is kept.
 
-`build_method` returns a `Method`, the module that is trained. It holds the classifier and one
-`Ingredient` for each flag that is given. The training loop calls, in this order for each batch,
+`build_method` returns a `Method`, the module that is trained. It holds the classifier and the
+`Ingredient`s that the flags ask for. The training loop calls, in this order for each batch,
 `begin_step`, `forward` (through `run.backward`), `before_update`, the optimizer's `step`, and
 `after_update`. After each epoch the classifier is evaluated and saved within `kept_weights`.
 """
@@ -20,6 +20,7 @@ from beyond.methods.ingredient import Ingredient, LossFn, Rows
 from beyond.methods.label_smoothing import smooth_labels
 from beyond.methods.lora import Lora
 from beyond.methods.mixout import Mixout
+from beyond.methods.proximal_point import ProximalPoint
 from beyond.methods.r_drop import RDrop
 from beyond.methods.schedules import GradientClipping, LearningRates, WeightDecay
 from beyond.methods.smart import Smart
@@ -47,7 +48,7 @@ class Method(nn.Module):
         super().__init__()
         self.classifier = classifier
         self.loss_fn = loss_fn
-        self.modules_of_ingredients = nn.ModuleList(ingredients)  # so that buffers are saved
+        self.modules_of_ingredients = nn.ModuleList(ingredients)  # so that they are saved
         self.ingredients = tuple(ingredients)
 
     def forward(self, tokens: Tensor, lengths: Tensor, labels: Tensor, lines: Tensor) -> Tensor:
@@ -109,9 +110,11 @@ def build_method(
 ) -> Method:
     """Put together what the options ask for.
 
-    The order of the ingredients matters in two places. What chooses the parameters that train
-    (a frozen backbone, LoRA) comes before what sorts them into groups. The weights that are kept
-    are first averaged (EMA), then merged (LoRA), then mixed with the pretrained ones (WiSE-FT).
+    The order of the ingredients matters in three places. What chooses the parameters that train
+    (a frozen backbone, LoRA) comes before what averages them or sorts them into groups. The
+    weights that are kept are first averaged (EMA), then merged (LoRA), then mixed with the
+    pretrained ones (WiSE-FT). Mixout turns the gradients into the weights' own before the update,
+    so what reads gradients then, such as clipping, comes after it.
 
     Args:
         options: of the run.
@@ -133,11 +136,12 @@ def build_method(
         ingredients.append(Lora(classifier, rank, alpha, matrices, options.seed))
     if options.smart:
         ingredients.append(Smart(classifier, options.smart, options.seed))
+    if options.bregman:
+        parameters = trained([classifier, *ingredients])
+        ingredients.append(ProximalPoint(classifier, parameters, options.bregman))
     if options.r_drop:
         ingredients.append(RDrop(loss_fn, options.r_drop, options.seed))
     if options.mixout:
-        # It turns the gradients into the weights' own before the update, so whatever reads
-        # gradients then, such as clipping, has to come after it.
         ingredients.append(Mixout(classifier, options.mixout, options.seed))
     if options.ema:
         average = MovingAverage(trained([classifier, *ingredients]), options.ema)

@@ -39,7 +39,7 @@ def matrix_list(text: str) -> tuple[str, ...]:
     names = tuple(text.split(","))
     if len(set(names)) < len(names) or not set(names) <= set(MATRICES):
         raise argparse.ArgumentTypeError(
-            f"{text} is not a list of different matrices among {', '.join(MATRICES)}"
+            f"{text!r} is not a list of different matrices among {', '.join(MATRICES)}"
         )
     return names
 
@@ -102,7 +102,8 @@ class MethodOptions:
         action=argparse.BooleanOptionalAction,  # so that a recipe's can be switched off
     )
     layer_decay: float = flag(
-        "multiply the learning rate by this number for each layer that lies nearer to the input",
+        "the learning rate of a layer is this number times that of the layer above it, and the "
+        "head has --lr; 1: all have --lr",
         1.0,
         type=positive_fraction,
     )
@@ -117,7 +118,8 @@ class MethodOptions:
         type=non_negative,
     )
     ema: float = flag(
-        "evaluate and keep a moving average of the weights with this decay per step; 0: off",
+        "evaluate and keep a moving average of the weights with this decay per step, or less in "
+        "the first steps; 0: off",
         0.0,
         type=dropout_probability,
     )
@@ -129,24 +131,29 @@ class MethodOptions:
     freeze_backbone: bool = switch(
         "train the head only (a linear probe); the frozen backbone uses no dropout"
     )
-    lora_rank: int = flag(
-        "train low-rank updates of this rank instead of the layers' matrices; 0: off",
-        0,
-        type=non_negative_int,
+    lora_rank: int | None = flag(
+        "LoRA: freeze the backbone and train low-rank updates of this rank (default: off)",
+        None,
+        type=at_least_one,
     )
     lora_alpha: float = flag(
         "LoRA: the update is scaled by this number / rank", 16.0, type=non_negative
     )
     lora_matrices: tuple[str, ...] = flag(
         f"LoRA: which matrices of each layer get an update, a list such as query,value from "
-        f"{', '.join(MATRICES)} (default: query,value)",
+        f"{', '.join(MATRICES)}",
         ("query", "value"),
         type=matrix_list,
     )
     smart: float = flag(
         "weight of SMART's penalty on how much a small change of the embeddings changes the "
-        "prediction (its smoothness-inducing regulariser only, without the Bregman proximal point "
-        "method); 0: off",
+        "prediction (smoothness-inducing regularisation); 0: off",
+        0.0,
+        type=non_negative,
+    )
+    bregman: float = flag(
+        "weight of SMART's penalty on how far the prediction is from that of a moving average of "
+        "the weights (Bregman proximal point optimization); 0: off",
         0.0,
         type=non_negative,
     )
@@ -193,7 +200,10 @@ class MethodOptions:
                 "zero-shot classifier"
             )
         if self.wise_ft != 1 and self.lora_rank:
-            raise ValueError("--wise_ft and --lora_rank: lower --lora_alpha instead")
+            raise ValueError(
+                "--wise_ft and --lora_rank: WiSE-FT mixes weights that train, and with LoRA the "
+                "pretrained ones do not; leave one out"
+            )
         if self.head == "label_words":
             if self.freeze_backbone:
                 raise ValueError("--freeze_backbone: --head label_words has no head of its own")

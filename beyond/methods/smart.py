@@ -1,8 +1,8 @@
 """SMART's regulariser: small changes of the embeddings should not change the prediction.
 
 Jiang et al. 2020, "SMART: Robust and Efficient Fine-Tuning for Pre-trained Natural Language Models
-through Principled Regularized Optimization", arXiv:1911.03437. The loss, eq. 1 and 2, for each
-sentence with embeddings x:
+through Principled Regularized Optimization", arXiv:1911.03437, section 3.1. The loss, eq. 1, for
+each sentence with embeddings x:
 
     NLL(f(x)) + lambda max_{|delta| <= eps} [KL(f(x + delta) || f(x)) + KL(f(x) || f(x + delta))]
 
@@ -11,10 +11,10 @@ ascent from a random start (Algorithm 1 with T = 1), where l is the divergence i
 
     nu ~ N(0, sigma^2),  g = dl/dnu,  delta = clip(nu + eta g / max|g|, -eps, eps)
 
+The other half of SMART, Bregman proximal point optimization, is in `proximal_point.py`
+(`--bregman`).
+
 Differs from the paper in:
-- only the smoothness-inducing regulariser is here, without the Bregman proximal point method (eq. 3
-  and 4). That adds the divergence from an average of the weights with a decay of 0.999 per step,
-  which in a run of a few hundred steps is nearly the untrained head's prediction;
 - sigma, eps and eta are in units of the root mean square of the pretrained embeddings, since those
   of a Llama are not normalised as BERT's are, and eps is 0.01. With the paper's 1e-5 (absolute) the
   gradient of the penalty was measured below 1e-4 of the loss's, and in bfloat16 it is lost in

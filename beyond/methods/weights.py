@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 
@@ -12,21 +11,21 @@ from torch import Tensor, nn
 def replaced(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
     """Let parameters have other values in the block, and after it their own again, bit for bit.
 
-    The values are copied into the parameters, so whoever refers to a parameter sees them.
+    Nothing is copied: in the block a parameter uses the memory of its value, so whoever refers to
+    the parameter sees the value. Nothing in the block may change a parameter.
     """
-    own = [parameter.detach().clone() for parameter in parameters]
-    copy(values, parameters)
+    own = [parameter.data for parameter in parameters]
+    set_data(parameters, values)
     try:
         yield
     finally:  # also if the evaluation is interrupted
-        copy(own, parameters)
+        set_data(parameters, own)
 
 
-@torch.no_grad()
-def copy(values: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
-    """Copy values into parameters."""
+def set_data(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Let parameters use the memory of values."""
     for parameter, value in zip(parameters, values, strict=True):
-        parameter.copy_(value)
+        parameter.data = value.detach()
 
 
 def trained(modules: Sequence[nn.Module]) -> list[nn.Parameter]:

@@ -8,7 +8,8 @@ normalised to a sum of 1, and p_cf their mean over prompts whose sentence is fre
     q = W p + b, with W = diag(p_cf)^-1 and b = 0.
 
 Computed here as log q = log p - log p_cf, so that no small probability underflows. The paper takes
-a softmax of q, which changes no prediction.
+a softmax of q, which changes no prediction. The prompts without content are scored one by one, so
+they have no padding, which in reference mode the prompts of a batch may have.
 """
 
 import math

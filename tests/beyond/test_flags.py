@@ -99,6 +99,7 @@ CHANGES: dict[tuple[str, str], list[str]] = {
     ("finetune", "lora_alpha"): [*LORA, "--lora_alpha", "4"],
     ("finetune", "lora_matrices"): [*LORA, "--lora_matrices", "output"],
     ("finetune", "smart"): ["--smart", "1"],
+    ("finetune", "bregman"): ["--bregman", "1"],
     ("finetune", "r_drop"): ["--r_drop", "1"],
     ("finetune", "mixout"): ["--mixout", "0.5"],
     ("pretrain", "seed"): ["--seed", "7"],

@@ -653,7 +653,7 @@ def arguments(rng: random.Random, inputs: Sequence[str], outputs: Sequence[str])
     words |= {name: rng.choice(floats) for name in (*rates, "lora_alpha", "wise_ft")}
     words |= {"patience": rng.choice(ints), "lora_rank": rng.choice(("1", "8", "9999", *ints))}
     words |= {"lora_matrices": rng.choice(("query", "w2,key", "query,query", "", "wq"))}
-    words |= {name: rng.choice(floats) for name in ("smart", "r_drop", "mixout")}
+    words |= {name: rng.choice(floats) for name in ("smart", "bregman", "r_drop", "mixout")}
     files = ["pretrained-model-path", "tokenizer_path", "train", "dev", "test", "label-names"]
     files += ["input"]
     words |= {name: rng.choice(inputs) for name in files}

@@ -23,17 +23,20 @@ from tests.beyond.runs import FINETUNE, Job, RunForks, assert_equal, copy_of, ru
 
 
 def test_matches_the_recurrence() -> None:
-    """In NumPy's float64, over five steps of random weights."""
+    """In NumPy's float64, over thirty steps of random weights; the decay of the last is 0.7."""
     rng = np.random.default_rng(0)
     parameter = torch.nn.Parameter(torch.tensor(rng.normal(size=(3, 4))).float())
     average = MovingAverage([parameter], decay=0.7)
     expected = parameter.detach().double().numpy()
-    for _ in range(5):
+    decays = [min(0.7, (1 + step) / (10 + step)) for step in range(30)]
+    assert decays[0] == 0.1 and decays[-1] == 0.7
+    for step, decay in enumerate(decays):
         theta = rng.normal(size=(3, 4)).astype(np.float32)
         with torch.no_grad():
             parameter.copy_(torch.from_numpy(theta))
+        average.begin_step(step, 30)
         average.after_update()
-        expected = 0.7 * expected + 0.3 * theta
+        expected = decay * expected + (1 - decay) * theta
     with average.kept_weights():
         np.testing.assert_allclose(parameter.detach(), expected, atol=1e-6)
     assert np.array_equal(parameter.detach(), theta)
@@ -56,7 +59,8 @@ def test_kept_weights_are_averages_of_all_that_trains() -> None:
         averages = weights_of(classifier)
     for name, weight in averages.items():
         start, first, second = (weights[name] for weights in history)
-        expected = 0.25 * start + 0.25 * first + 0.5 * second
+        expected = 0.1 * start + 0.9 * first  # 1/10 and 2/11 are the decays of these steps
+        expected = 2 / 11 * expected + 9 / 11 * second
         torch.testing.assert_close(weight, expected, atol=1e-6, rtol=1e-6)
         assert not torch.equal(weight, last[name])
     assert all(torch.equal(w, last[name]) for name, w in weights_of(classifier).items())
@@ -88,10 +92,35 @@ def test_training_goes_on_from_the_weights_themselves(run_forks: RunForks, workp
     assert not torch.equal(*(w["classifier_head.weight"] for w in kept_weights))
 
 
-def test_averages_are_evaluated(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With a decay of almost 1 every epoch has the accuracies of the untrained classifier."""
+def test_a_short_run_forgets_the_untrained_weights() -> None:
+    """After 65 steps, five epochs of 100 lines, with a decay of 0.99; half would stay without
+    the lower decays of the first steps.
+    """
+    parameter = torch.nn.Parameter(torch.ones(1))
+    average = MovingAverage([parameter], decay=0.99)
+    with torch.no_grad():
+        parameter.zero_()
+    for step in range(65):
+        average.begin_step(step, 65)
+        average.after_update()
+    with average.kept_weights():
+        assert 0 < parameter.item() < 1e-6
+
+
+class Unmoved(MovingAverage):
+    """An average that stays at the weights before the first step."""
+
+    def begin_step(self, step: int, total_steps: int) -> None:
+        self.step_decay = 1.0
+
+
+def test_averages_are_evaluated(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If they do not move, every epoch has the accuracies of the untrained classifier."""
+    add_ingredient(monkeypatch, lambda classifier: Unmoved(trained([classifier]), 0.5))
     found = []
-    for flags in (["--lr", "0"], ["--lr", "1e-2", "--ema", "0.999999"]):
+    for flags in (["--lr", "0"], ["--lr", "1e-2"]):
         status, out, _ = run([*FINETUNE, *flags], capsys)
         assert status == 0
         found.append([line.partition(", train acc")[2] for line in out.splitlines()])

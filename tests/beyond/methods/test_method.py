@@ -9,6 +9,7 @@ from beyond.methods.averaging import MovingAverage
 from beyond.methods.frozen_backbone import FrozenBackbone
 from beyond.methods.lora import Lora
 from beyond.methods.method import Method
+from beyond.methods.proximal_point import ProximalPoint
 from beyond.methods.randomness import derive_seed
 from beyond.methods.schedules import GradientClipping, LearningRates, WeightDecay
 from beyond.methods.weights import trained
@@ -37,9 +38,10 @@ from tests.beyond.test_processes import STILL_FINETUNE
 
 RATES = ["--warmup", "0.3", "--linear_decay", "--weight_decay", "0.1", "--max_grad_norm", "0.5"]
 RATES += ["--label_smoothing", "0.1"]
+BREGMAN = ["--bregman", "2"]
 METHODS = {
-    "layers": [*RATES, "--layer_decay", "0.7", "--ema", "0.6"],
-    "lora": [*RATES, "--lora_rank", "2", "--lora_matrices", "key,w2", "--ema", "0.6"],
+    "layers": [*RATES, "--layer_decay", "0.7", "--ema", "0.6", *BREGMAN],
+    "lora": [*RATES, "--lora_rank", "2", "--lora_matrices", "key,w2", "--ema", "0.6", *BREGMAN],
     "frozen": [*RATES, "--freeze_backbone", "--ema", "0.6"],
 }
 
@@ -159,7 +161,10 @@ def test_plain_runs_build_no_ingredient(workplace: Path, monkeypatch: pytest.Mon
     kept([*FINETUNE, "--epochs", "1"])
     kept([*FINETUNE, "--epochs", "1", *METHODS["lora"]])
     kinds = [[type(ingredient) for ingredient in method.ingredients] for method in built]
-    assert kinds == [[], [MovingAverage, Lora, WeightDecay, LearningRates, GradientClipping]]
+    assert kinds == [
+        [],
+        [MovingAverage, Lora, ProximalPoint, WeightDecay, LearningRates, GradientClipping],
+    ]
 
 
 def test_seeds_of_different_purposes_differ() -> None:

@@ -10,11 +10,14 @@ import pytest
 import run_llama
 from base_llama import read_checkpoint
 from beyond.command_line import get_args
+from beyond.formats.huggingface import write_huggingface
+from beyond.formats.llama2c import write_llama2c
 from beyond.methods.recipes import RECIPES, epochs, learning_rate
 from beyond.methods.rule import resolve_rule
 from beyond.options import FinetuneOptions, flags_of
 from tests.beyond.runs import assert_equal, interrupt, run
 from tests.conftest import SENTENCES, make_llama, save_llama
+from tokenizer import Tokenizer
 
 BETTER = ["--option", "finetune", "--recipe", "better"]
 SHORT = [*BETTER, "--batch_size", "3", "--epochs", "2", "--filepath", "out/a.pt"]
@@ -154,6 +157,30 @@ def test_the_rule_counts_parameters_and_lines(workplace: Path) -> None:
     options = resolve_rule(options_of(*flags, "--train", "many.txt"))
     assert (options.lr, options.epochs) == (learning_rate(count), 3)
     assert options.lr < 1e-4
+
+
+def test_the_rule_reads_checkpoints_of_other_projects(workplace: Path) -> None:
+    """A file of llama2.c and a folder of Hugging Face give what the .pt file gives."""
+    llama, tokenizer = make_llama(causal=True, n_kv_heads=6), Tokenizer(None, "tokenizer.model")
+    save_llama(llama, Path("model.pt"))
+    write_llama2c("model.bin", llama, quantize=False)
+    write_huggingface("hub", llama, tokenizer)
+    found = [
+        resolve_rule(options_of("--pretrained-model-path", path, "--tokenizer_path", "x"))
+        for path in ("model.pt", "model.bin", "hub")
+    ]
+    count = sum(p.numel() for p in llama.parameters())
+    assert [(options.lr, options.epochs) for options in found] == [(learning_rate(count), 5)] * 3
+
+
+@pytest.mark.parametrize("parameters", [1, 10_000, 42_000_000, 135_000_000, 1_100_000_000, 10**11])
+@pytest.mark.parametrize("lines", [1, 8, 100, 1707, 8544, 100_000, 10**7])
+def test_every_model_and_data_set_gets_a_usable_rate_and_epochs(
+    parameters: int, lines: int
+) -> None:
+    assert 1e-5 <= learning_rate(parameters) <= 3e-4
+    assert learning_rate(2 * parameters) <= learning_rate(parameters)
+    assert 1 <= epochs(2 * lines) <= epochs(lines) <= 50
 
 
 def test_given_rate_and_epochs_are_kept(workplace: Path) -> None:

@@ -98,7 +98,8 @@ def test_a_resumed_run_mixes_in_the_pretrained_weights(
         ),
         (
             ["--wise_ft", "0.5", "--lora_rank", "2", "--head", "label_words"],
-            "--wise_ft and --lora_rank: lower --lora_alpha instead",
+            "--wise_ft and --lora_rank: WiSE-FT mixes weights that train, and with LoRA the "
+            "pretrained ones do not; leave one out",
         ),
     ],
 )

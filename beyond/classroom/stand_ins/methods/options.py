@@ -13,7 +13,7 @@ LACKS = (
     *("recipe", "pooling", "pool_layer", "head", "label_smoothing"),
     *("warmup", "linear_decay", "layer_decay", "weight_decay", "max_grad_norm", "ema", "patience"),
     *("freeze_backbone", "lora_rank", "lora_alpha", "lora_matrices"),
-    *("smart", "r_drop", "mixout", "wise_ft"),
+    *("smart", "bregman", "r_drop", "mixout", "wise_ft"),
 )
 
 
