@@ -55,7 +55,7 @@ def read_settings(folder: str) -> dict[str, str]:
     first = ["lr", "batch_size", "epochs", "seed", "mode", "dtype"]
     first += ["hidden_dropout_prob", "dropout", "device", "option", "dataset"]
     names = list(settings)
-    assert names[: len(first)] == first and names[len(first)] == "compile"
+    assert names[: len(first)] == first and names[len(first)] == "bregman"
     hashes = [name.startswith("SHA-256 of ") for name in names]
     assert hashes == sorted(hashes)  # they are last
     return settings
