@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from beyond.methods.classifier import MethodClassifier
-from classifier import LlamaEmbeddingClassifier, pool_last
+from classifier import LlamaEmbeddingClassifier, last_positions
 from tokenizer import Tokenizer
 
 
@@ -61,7 +61,7 @@ class LabelWordClassifier(MethodClassifier):
 
         Args:
             input_ids: (batch, seq), sentences that end with the prompt, padded on the right.
-            lengths: (batch,), as in `pool_last`.
+            lengths: (batch,), as in `last_positions`.
         """
         pooled = self.pool(input_ids, lengths)  # (batch, dim)
         # In float32: in bfloat16 different labels could get equal scores.
@@ -71,7 +71,8 @@ class LabelWordClassifier(MethodClassifier):
 
     def pool(self, input_ids: Tensor, lengths: Tensor | None) -> Tensor:
         """Compute the hidden state of each prompt's last token, (batch, dim)."""
-        return pool_last(self.llama.compute_hidden(input_ids), lengths, causal=True)
+        positions = last_positions(input_ids, lengths, causal=True)
+        return self.llama.compute_hidden(input_ids, positions=positions)[:, 0]
 
 
 def label_ids(label_names: Sequence[str], tokenizer: Tokenizer, prompt: str) -> list[int]:
