@@ -115,8 +115,8 @@ log_softmax(W dropout(h) + b) over the labels, with `self.dropout` and
 `self.classifier_head`; h is the hidden state that represents the sentence.
 
 Shapes: `self.llama.compute_hidden` gives (batch, seq, dim), or with `positions=` (batch,)
-only that one of each row, (batch, 1, dim); `last_positions` chooses that of h (batch, dim),
-where the model's mode is `self.llama.config.causal`; the result is (batch, num_labels).
+that one of each row, (batch, 1, dim). `last_positions` says which one is h (batch, dim);
+the mode is `self.llama.config.causal`. The result is (batch, num_labels).
 Devlin et al. 2019, arXiv:1810.04805, section 4.1, with the state of another token.""",
         helpers=("LlamaEmbeddingClassifier.pool",),
     ),
