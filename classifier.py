@@ -32,21 +32,18 @@ class ClassifierConfig:
     option: str  # "finetune" trains all parameters that are used, anything else only the head
 
 
-def pool_last(hidden: Tensor, lengths: Tensor | None, causal: bool) -> Tensor:
-    """Return the hidden state that represents each row.
+def last_positions(tokens: Tensor, lengths: Tensor | None, causal: bool) -> Tensor:
+    """Return the position whose hidden state represents each row, (batch,).
 
     Args:
-        hidden: (batch, seq, dim), rows padded on the right.
+        tokens: (batch, seq), rows padded on the right.
         lengths: (batch,), the number of tokens in each row before padding; None: no padding.
         causal: whether to take each row's own last token, instead of the last column.
-
-    Returns:
-        (batch, dim).
     """
     if not causal or lengths is None:
         # Faithful: in reference mode the last column is used, which for most rows is padding.
-        return hidden[:, -1]
-    return hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
+        return tokens.new_full((len(tokens),), tokens.shape[1] - 1)
+    return lengths - 1
 
 
 class LlamaZeroShotClassifier(nn.Module):
@@ -94,10 +91,10 @@ class LlamaZeroShotClassifier(nn.Module):
 
         Args:
             input_ids: (batch, seq), prompts padded on the right.
-            lengths: (batch,), as in `pool_last`.
+            lengths: (batch,), as in `last_positions`.
         """
-        hidden = self.llama.compute_hidden(input_ids)
-        last = pool_last(hidden, lengths, self.llama.config.causal)  # (batch, dim)
+        positions = last_positions(input_ids, lengths, self.llama.config.causal)
+        last = self.llama.compute_hidden(input_ids, positions=positions)[:, 0]  # (batch, dim)
         # In float32: in bfloat16 different labels could get equal scores. It is cheap, since only
         # one position per sentence is computed.
         with torch.autocast(last.device.type, enabled=False):
@@ -138,7 +135,7 @@ class LlamaEmbeddingClassifier(nn.Module):
 
         Args:
             input_ids: (batch, seq), sentences padded on the right.
-            lengths: (batch,), as in `pool_last`.
+            lengths: (batch,), as in `last_positions`.
         """
         pooled = self.pool(input_ids, lengths)  # (batch, dim)
         # In float32: in bfloat16 different labels could get equal scores.
@@ -147,8 +144,9 @@ class LlamaEmbeddingClassifier(nn.Module):
 
     def pool(self, input_ids: Tensor, lengths: Tensor | None) -> Tensor:
         """Compute the hidden state that represents each sentence, (batch, dim)."""
-        hidden = self.llama.compute_hidden(input_ids)  # no vocabulary projection
-        return pool_last(hidden, lengths, self.llama.config.causal)
+        positions = last_positions(input_ids, lengths, self.llama.config.causal)
+        # `forward` would project to the vocabulary too.
+        return self.llama.compute_hidden(input_ids, positions=positions)[:, 0]
 
     def to_checkpoint(self) -> dict[str, Any]:
         """Return tensors and plain values from which `load_classifier` rebuilds this classifier."""

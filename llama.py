@@ -5,8 +5,7 @@ section 2.2. Each class cites its own paper.
 
 Differs from the paper in:
 - reference mode (`LlamaConfig.causal` is False, the assignment's own): attention has no mask, so
-  every position attends to all positions of its row, padding included. Causal mode is the
-  paper's;
+  every position attends to all of its row, padding included. Causal mode is the paper's;
 - the input embedding and the output projection share one matrix (`tie_embeddings`).
 
 Conventions:
@@ -67,37 +66,42 @@ class Attention(nn.Module):
         self.compute_output = nn.Linear(config.dim, config.dim, bias=False)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def compute_query_key_value_scores(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def compute_query_key_value_scores(
+        self, query: Tensor, key: Tensor, value: Tensor, positions: Tensor | None = None
+    ) -> Tensor:
         """Average the values, weighted by the softmax of the scaled query-key scores.
 
         Args:
-            query: (batch, n_heads, seq, head_dim).
+            query: (batch, n_heads, seq, head_dim); with positions, seq is 1.
             key, value: (batch, n_kv_heads, seq, head_dim).
+            positions: as in `Llama.compute_hidden`.
 
         Returns:
             As query. In causal mode position i attends to positions <= i, in reference mode to all.
         """
         config = self.config
         dropout = config.dropout if self.training else 0.0
+        is_causal, mask = config.causal and positions is None, None
+        if config.causal and positions is not None:  # is_causal would take them all for position 0
+            mask = torch.arange(key.shape[2], device=key.device) <= positions[:, None, None, None]
         # Faithful: without `causal` there is no mask at all, not even on padding. The assignment's
         # sanity_check.data and all its published accuracies depend on it.
         return F.scaled_dot_product_attention(
-            query, key, value, None, dropout, config.causal, enable_gqa=config.n_rep > 1
+            query, key, value, mask, dropout, is_causal, enable_gqa=config.n_rep > 1
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Compute self-attention over x (batch, seq, dim); returns the same shape."""
-        config = self.config
-        head_shape = (-1, config.head_dim)
-        query = self.compute_query(x).unflatten(-1, head_shape)  # (batch, seq, n_heads, head_dim)
-        key = self.compute_key(x).unflatten(-1, head_shape)  # (batch, seq, n_kv_heads, head_dim)
-        value = self.compute_value(x).unflatten(-1, head_shape)  # as key
-        query, key = apply_rotary_emb(
-            query, key, config.head_dim, config.max_seq_len, config.rope_theta
-        )
-        query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Compute self-attention over x (batch, seq, dim), at all positions or one per row."""
+        config, head_dim = self.config, self.config.head_dim
+        query = self.compute_query(select(x, positions)).unflatten(-1, (-1, head_dim))
+        # A single query is rotated for every position, which is cheap, and the right one is taken.
+        query = query.expand(-1, x.shape[1], -1, -1)  # (batch, seq, n_heads, head_dim)
+        key = self.compute_key(x).unflatten(-1, (-1, head_dim))  # (..., n_kv_heads, head_dim)
+        value = self.compute_value(x).unflatten(-1, (-1, head_dim))  # as key
+        query, key = apply_rotary_emb(query, key, head_dim, config.max_seq_len, config.rope_theta)
+        query, key, value = (t.transpose(1, 2) for t in (select(query, positions), key, value))
         # output: (batch, n_heads, seq, head_dim)
-        output = self.compute_query_key_value_scores(query, key, value)
+        output = self.compute_query_key_value_scores(query, key, value, positions)
         output = output.transpose(1, 2).flatten(-2)  # (batch, seq, dim)
         return self.resid_dropout(self.compute_output(output))
 
@@ -135,9 +139,9 @@ class LlamaLayer(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.layer_norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.layer_norm_eps)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (batch, seq, dim) to (batch, seq, dim)."""
-        h = x + self.attention(self.attention_norm(x))
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Map (batch, seq, dim) to the same shape, or with positions to (batch, 1, dim)."""
+        h = select(x, positions) + self.attention(self.attention_norm(x), positions)
         return h + self.feed_forward(self.ffn_norm(h))
 
 
@@ -148,7 +152,7 @@ class Llama(LlamaPreTrainedModel):
         super().__init__(config)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         # from_pretrained, since it draws no random numbers for a matrix that may be replaced.
-        matrix = torch.empty_like(self.output.weight)
+        matrix = torch.empty(config.vocab_size, config.dim)
         self.tok_embeddings = nn.Embedding.from_pretrained(matrix, freeze=False)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(LlamaLayer(i, config) for i in range(config.n_layers))
@@ -156,29 +160,33 @@ class Llama(LlamaPreTrainedModel):
         self.tie_weights()  # unless the config says otherwise
         self.init_weights()
 
-    def compute_hidden(self, tokens: Tensor) -> Tensor:
-        """Compute hidden states (batch, seq, dim), after the final norm, of tokens (batch, seq)."""
-        h = self.dropout(self.tok_embeddings(tokens))
-        for layer in self.layers:
-            h = layer(h)
-        return self.norm(h)
+    def compute_hidden(self, tokens: Tensor, *, positions: Tensor | None = None) -> Tensor:
+        """Compute hidden states (batch, seq, dim), after the final norm, of tokens (batch, seq).
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        With positions (batch,), only that one of each row, (batch, 1, dim): then the last layer
+        computes nothing but keys and values for the others.
+        """
+        h = self.dropout(self.tok_embeddings(tokens))
+        for layer in self.layers[:-1]:
+            h = layer(h)
+        return self.norm(self.layers[-1](h, positions))
+
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, positions: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Compute logits and hidden states.
 
         Args:
-            tokens: (batch, seq), integer ids.
+            tokens: (batch, seq), integer ids; ValueError if seq > max_seq_len.
             targets: anything but None asks for the logits of all positions.
+            positions: (batch,), asks for logits and hidden states of one position of each row.
 
         Returns:
             logits: (batch, seq, vocab) with targets, else (batch, 1, vocab): the last column's.
-            hidden: (batch, seq, dim), after the final norm.
-
-        Raises ValueError if seq > max_seq_len.
+            hidden: (batch, seq, dim), after the final norm; with positions, seq is 1.
         """
-        hidden = self.compute_hidden(tokens)
-        # The projection to the vocabulary is the largest matrix product, so it is computed only
-        # for the positions that are returned.
+        hidden = self.compute_hidden(tokens, positions=positions)
+        # This is the largest matrix product, so it is computed for the returned positions only.
         logits = self.output(hidden if targets is not None else hidden[:, -1:])
         return logits, hidden
 
@@ -203,20 +211,26 @@ class Llama(LlamaPreTrainedModel):
         Returns:
             (batch, seq + max_new_tokens): the context and its continuation.
 
-        Raises:
-            ValueError: an argument is out of bounds, or a logit is inf or NaN.
+        Raises ValueError if an argument is out of bounds, or a logit is inf or NaN.
         """
         check_context(idx, max_new_tokens)
         was_training = self.training
         self.eval()
         try:
             for _ in range(max_new_tokens):
-                logits, _ = self(idx[:, -self.config.max_seq_len :])  # (batch, 1, vocab)
+                context = idx[:, -self.config.max_seq_len :]
+                last = torch.full(context.shape[:1], context.shape[1] - 1, device=idx.device)
+                logits, _ = self(context, positions=last)  # (batch, 1, vocab)
                 next_token = sample_next_token(logits[:, -1], temperature, generator)
                 idx = torch.cat((idx, next_token), dim=1)  # (batch, seq + 1)
         finally:
             self.train(was_training)
         return idx
+
+
+def select(x: Tensor, positions: Tensor | None) -> Tensor:
+    """Return x (batch, seq, ...) at one position of each row, (batch, 1, ...); None: all of x."""
+    return x if positions is None else x[torch.arange(len(x), device=x.device), positions, None]
 
 
 def check_context(idx: Tensor, max_new_tokens: int) -> None:
@@ -237,8 +251,7 @@ def sample_next_token(
         temperature: >= 0 and finite; 0 draws no random number.
         generator: source of randomness, on the logits' device; None: PyTorch's global one.
 
-    Raises:
-        ValueError: temperature is out of bounds, or a logit is inf or NaN.
+    Raises ValueError if temperature is out of bounds, or a logit is inf or NaN.
     """
     if temperature == 0:
         return max_logits(logits)[1]

@@ -17,6 +17,7 @@ if __name__ == "__main__":
 
 import math
 import random
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from base_llama import write_checkpoint
-from beyond.batches import Batch, LengthBatchSampler, shard_batches
+from beyond.batches import Batch, LengthBatchSampler, encode_all, evaluate_splits, shard_batches
 from beyond.classify import classify
 from beyond.command_line import get_args
 from beyond.decoding import prepare_for_decoding
@@ -54,14 +55,11 @@ from tokenizer import Tokenizer
 from utils import (
     SEPARATOR,
     Evaluation,
-    accuracy,
-    confusion_matrix,
-    macro_f1,
-    mean_loss,
     open_atomically,
     parse_example,
     read_label_names,
     read_lines,
+    summarise,
 )
 
 NO_LABEL = -1  # in a test file: the gold label is not known
@@ -82,7 +80,7 @@ class Example(NamedTuple):
 
     sentence: str
     label: int  # index into the label words, or NO_LABEL
-    tokens: list[int]  # with BOS and the prompt's suffix, without EOS
+    tokens: Sequence[int]  # with BOS and the prompt's suffix, without EOS
     line: int  # in the file, from 0
     path: str  # of the file
 
@@ -112,7 +110,7 @@ class LlamaDataset(Dataset[Example]):
 
     def collate_fn(self, examples: Sequence[Example]) -> Batch:
         """Make a batch, padded on the right to its longest row."""
-        rows = [torch.tensor(example.tokens) for example in examples]
+        rows = [torch.tensor(example.tokens, dtype=torch.int64) for example in examples]
         tokens = pad_sequence(rows, batch_first=True, padding_value=self.pad_id)
         lengths = torch.tensor([len(row) for row in rows])
         labels = torch.tensor([example.label for example in examples])
@@ -155,14 +153,16 @@ def create_data(
         FileNotFoundError, ValueError: the file cannot be used; the message says where and why.
     """
     lowest = NO_LABEL if allow_unlabelled else 0
-    examples = []
+    parsed, examples = [], []
     for number, line in enumerate(read_lines(filename), start=1):
         label, sentence = parse_example(line, filename, number)
         if not lowest <= label < num_labels:
             raise ValueError(
                 f"{filename}:{number}: label {label} is not among {lowest} to {num_labels - 1}"
             )
-        tokens = tokenizer.encode(sentence + prompt_suffix, bos=True, eos=False)
+        parsed.append((sentence, label))
+    texts = [sentence + prompt_suffix for sentence, _ in parsed]
+    for number, tokens in enumerate(encode_all(tokenizer, texts, filename, bos=True), start=1):
         if len(tokens) > max_seq_len:
             # With a suffix, --max_sentence_len would cut off the question.
             advice = "" if prompt_suffix else " or use --max_sentence_len"
@@ -170,7 +170,9 @@ def create_data(
                 f"{filename}:{number}: {len(tokens)} tokens are more than the model's "
                 f"{max_seq_len}; shorten the sentence{advice}"
             )
-        examples.append(Example(sentence, label, tokens, number - 1, str(filename)))
+        # An array needs 4 bytes for each token, a list 40.
+        example = Example(*parsed[number - 1], array("i", tokens), number - 1, str(filename))
+        examples.append(example)
     print(f"load {len(examples)} data from {filename}")
     return examples
 
@@ -226,9 +228,7 @@ def model_eval(
         )
     labels = [example.label for example in examples]
     sentences = [example.sentence for example in examples]
-    confusion = confusion_matrix(predictions, labels, num_labels=len(log_probs[0]))
-    acc, f1, loss = accuracy(confusion), macro_f1(confusion), mean_loss(log_probs, labels)
-    return Evaluation(acc, f1, predictions, labels, sentences, confusion, log_probs, loss)
+    return summarise(predictions, labels, sentences, log_probs)
 
 
 def save_model(model: LlamaEmbeddingClassifier, filepath: str | Path) -> None:
@@ -361,9 +361,10 @@ def train(
             if train_data.group_by_length:
                 print(f"train padding :: {1 - totals.tokens / totals.padded_tokens:.3f}")
             with method.kept_weights():
-                train_result, dev_result = (
-                    model_eval(split.loader(options.batch_size), model, runtime.device)
-                    for split in (train_data, dev_data)
+                train_result, dev_result = evaluate_splits(
+                    (train_data, dev_data),
+                    options.batch_size,
+                    lambda loader: model_eval(loader, model, runtime.device),
                 )
                 if run.is_best(dev_result.accuracy):
                     save_model(model, options.filepath)

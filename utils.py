@@ -11,6 +11,7 @@ import os
 import re
 import reprlib
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -20,6 +21,8 @@ LARGEST_INT = 2**31 - 1  # int32; the upper limit of every integer flag except s
 SEPARATOR = " ||| "  # between label and sentence
 # What `flock` answers on a file system without locks.
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
+SECONDS_UNTIL_SURE = 2.0  # the clocks of all common file systems tick at least that often
+_fingerprints: dict[tuple[int, ...], str] = {}  # by device, inode, size and time of change
 LINE_END = re.compile(rb"\r\n|\r")  # besides "\n"
 LABEL_PREFIX = re.compile(rf"^\s*([+-]?\d+){re.escape(SEPARATOR)}")
 
@@ -222,9 +225,17 @@ def _is_same_file(file: IO[str], path: str) -> bool:
 
 
 def fingerprint(path: str | Path) -> str:
-    """Compute the SHA-256 of a file, in hexadecimal digits."""
+    """Compute the SHA-256 of a file, in hexadecimal digits; an unchanged file is read once."""
+    found = os.stat(path)
+    key = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+    if key in _fingerprints:
+        return _fingerprints[key]
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    # A file that changes twice within a tick of the file system's clock keeps its time.
+    if time.time() - found.st_mtime > SECONDS_UNTIL_SURE:
+        _fingerprints[key] = digest
+    return digest
 
 
 def read_lines(path: str | Path) -> list[str]:
@@ -331,6 +342,28 @@ class Evaluation(NamedTuple):
         """The probabilities of the predicted labels, in [0, 1]."""
         pairs = zip(self.predictions, self.log_probs, strict=True)
         return [math.exp(row[prediction]) for prediction, row in pairs]
+
+    def split(self, sizes: Iterable[int]) -> "list[Evaluation]":
+        """Split the evaluation of several data sets, one after the other, into one of each.
+
+        Args:
+            sizes: the number of examples of each data set.
+        """
+        parts, start = [], 0
+        for size in sizes:
+            part, start = slice(start, start + size), start + size
+            labels, sentences = self.labels[part], self.sentences[part]
+            parts.append(summarise(self.predictions[part], labels, sentences, self.log_probs[part]))
+        return parts
+
+
+def summarise(
+    predictions: list[int], labels: list[int], sentences: list[str], log_probs: list[list[float]]
+) -> Evaluation:
+    """Compute the scores of predictions; the arguments are as in `Evaluation`, at least one."""
+    confusion = confusion_matrix(predictions, labels, num_labels=len(log_probs[0]))
+    acc, f1, loss = accuracy(confusion), macro_f1(confusion), mean_loss(log_probs, labels)
+    return Evaluation(acc, f1, predictions, labels, sentences, confusion, log_probs, loss)
 
 
 def confusion_matrix(

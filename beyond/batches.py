@@ -1,8 +1,10 @@
-"""Batches: their interface, which examples they hold, and which process evaluates which."""
+"""Batches: texts to tokens, which examples a batch holds, and which process evaluates which."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -10,6 +12,10 @@ from torch.utils.data import Sampler
 
 from beyond.interrupts import stop_if_asked
 from beyond.processes import progress, rank, world_size
+from tokenizer import Tokenizer
+from utils import Evaluation
+
+TEXTS_AT_A_TIME = 4096  # in a call of the tokenizer
 
 
 class TrainingBatch(Protocol):
@@ -112,6 +118,59 @@ class LengthBatchSampler(Sampler[list[int]]):
             shuffled = torch.randperm(len(batches), generator=self.generator).tolist()
             batches = [batches[i] for i in shuffled]
         yield from batches
+
+
+def encode_all(
+    tokenizer: Tokenizer, texts: Sequence[str], path: str | Path, bos: bool
+) -> Iterator[list[int]]:
+    """Yield the token ids of each text, without EOS; shows a progress bar after a second.
+
+    Args:
+        tokenizer: is given many texts in each call.
+        texts: of a data file.
+        path: of the file, for the bar.
+        bos: whether to add BOS, as in `Tokenizer.encode`.
+    """
+    starts = range(0, len(texts), TEXTS_AT_A_TIME)
+    bar = {"desc": f"tokenize {path}", "delay": 1, "unit": " texts", "unit_scale": TEXTS_AT_A_TIME}
+    for start in progress(starts, **bar):
+        yield from tokenizer.encode_batch(texts[start : start + TEXTS_AT_A_TIME], bos, eos=False)
+
+
+class Split(Protocol):
+    """What `evaluate_splits` needs of a data set."""
+
+    examples: Sequence[Any]
+    group_by_length: bool
+
+    def __len__(self) -> int: ...
+
+    def loader(self, batch_size: int) -> Any: ...
+
+
+def evaluate_splits(
+    splits: Sequence[Split], batch_size: int, evaluate: Callable[[Any], Evaluation]
+) -> list[Evaluation]:
+    """Evaluate data sets, those that are grouped by length as one list.
+
+    Sorted together, more sentences of a batch have the same length, and only the last batch of all
+    is short.
+
+    Args:
+        splits: the data sets.
+        batch_size: examples per batch.
+        evaluate: returns the evaluation of a loader's examples.
+
+    Returns:
+        The evaluation of each.
+    """
+    if not splits[0].group_by_length:
+        return [evaluate(split.loader(batch_size)) for split in splits]
+    joined = copy(splits[0])
+    examples = [example for split in splits for example in split.examples]
+    # Predictions are put back in order by the line.
+    joined.examples = [example._replace(line=i) for i, example in enumerate(examples)]
+    return evaluate(joined.loader(batch_size)).split(map(len, splits))
 
 
 def shard_batches[T](batches: Iterable[T]) -> Iterator[T]:

@@ -25,7 +25,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beyond.runtime import has_bfloat16
-from llama import Llama, LlamaLayer, check_context, sample_next_token, token_probabilities
+from llama import (
+    Llama,
+    LlamaLayer,
+    check_context,
+    sample_next_token,
+    select,
+    token_probabilities,
+)
 from rope import rotary_tables
 
 
@@ -248,6 +255,8 @@ class DecodingLlama(Llama):
         tokens: Tensor,
         caches: Sequence[KVCache] | None = None,
         mask: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """Compute what `Llama.compute_hidden` does, but each vector has Euclidean norm 1.
 
@@ -259,6 +268,7 @@ class DecodingLlama(Llama):
             caches: one for each layer; they are extended.
             mask: (batch, 1, seq, positions so far), True where a query may attend to a key; None:
                 causal.
+            positions: (batch,), as in `Llama.compute_hidden`.
 
         Raises:
             ValueError: more than max_seq_len positions.
@@ -288,10 +298,14 @@ class DecodingLlama(Llama):
             attended = F.scaled_dot_product_attention(
                 query, key, value, mask, is_causal=is_causal, enable_gqa=config.n_rep > 1
             )
-            h = h + layer.output(attended.transpose(1, 2).reshape(batch * seq, -1))
+            attended = attended.transpose(1, 2)  # (batch, seq, n_heads, head_dim)
+            if positions is not None and layer is self.decoding_layers[-1]:
+                attended = select(attended, positions)
+                h = select(h.view(batch, seq, -1), positions).flatten(0, 1)  # (batch, dim)
+            h = h + layer.output(attended.reshape(len(h), -1))
             gate, up = layer.gate_up(self.normalise(h).to(self.dtype)).chunk(2, dim=-1)
             h = h + layer.down(F.silu(gate) * up)
-        return self.normalise(h).view(batch, seq, -1)
+        return self.normalise(h).view(batch, -1, config.dim)
 
     def new_caches(self, length: int) -> list[KVCache]:
         """Make a cache for each layer, for `length` positions or as many as the model takes."""

@@ -11,6 +11,7 @@ import argparse
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
@@ -613,7 +614,8 @@ def record_path(path: str | Path) -> str:
     return f"{path}.json"
 
 
-def flags_of(task: type[TaskOptions]) -> dict[str, Flag]:
+@cache  # asked for once for each flag and task
+def flags_of(task: type[TaskOptions]) -> Mapping[str, Flag]:
     """Return the flags of a task by the names of their fields."""
     return {f.name: f.metadata["flag"] for f in fields(task) if "flag" in f.metadata}
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from beyond.batches import shard_batches
+from beyond.batches import encode_all, shard_batches
 from beyond.formats.load import load_tokenizer, write_tokenizer
 from beyond.logs import write_completion
 from beyond.options import PretrainOptions
@@ -229,7 +229,8 @@ def load_documents(paths: Sequence[str], tokenizer: Tokenizer) -> list[Tensor]:
     documents, boundary = [], [tokenizer.boundary_id]
     for path in paths:
         texts = read_documents(path)
-        tokens = [torch.tensor(boundary + tokenizer.encode(text, False, False)) for text in texts]
+        rows = encode_all(tokenizer, texts, path, bos=False)
+        tokens = [torch.tensor(boundary + row) for row in rows]
         print(f"load {len(tokens)} documents, {sum(map(len, tokens))} tokens from {path}")
         documents += tokens
     if not documents:

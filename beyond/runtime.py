@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from beyond.command_line import environment, say
+from beyond.formats.files import hashing
 from beyond.formats.load import load_llama, load_tokenizer
 from beyond.options import EvaluationOptions, ModelOptions, TaskOptions
 from beyond.records import describe_run
@@ -89,7 +90,8 @@ def load_model(
     path = options.pretrained_model_path
     assert path is not None, "the options ask for a new model"
     tokenizer = load_tokenizer(options.max_sentence_len, options.tokenizer_path)
-    llama = load_llama(path, options.causal, dropout, max_seq_len)
+    with hashing(path):  # for the records of the results
+        llama = load_llama(path, options.causal, dropout, max_seq_len)
     check_vocabulary(tokenizer, options.tokenizer_path, llama, path)
     print(f"load model from {path}")
     runtime = resolve_runtime(options, llama.config.causal)

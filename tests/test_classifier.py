@@ -14,8 +14,8 @@ from beyond.decoding import prepare_for_decoding
 from classifier import (
     LlamaEmbeddingClassifier,
     LlamaZeroShotClassifier,
+    last_positions,
     load_classifier,
-    pool_last,
 )
 from llama import Llama
 from tests.conftest import ROOT, make_llama, pad_rows, save_llama
@@ -41,8 +41,8 @@ class StubLlama(nn.Module):
         self.config = SimpleNamespace(causal=causal)
         self.output = nn.Identity()
 
-    def compute_hidden(self, tokens: Tensor) -> Tensor:
-        return self.logits
+    def compute_hidden(self, tokens: Tensor, *, positions: Tensor) -> Tensor:
+        return self.logits[torch.arange(len(tokens)), positions, None]
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -72,10 +72,38 @@ def test_zero_shot_sums_log_probabilities_at_one_position(
             assert scores[row, label].item() == pytest.approx(expected, abs=1e-4)
 
 
-def test_pool_last_without_lengths_takes_the_last_column() -> None:
-    hidden = torch.randn(3, 5, 4)
-    assert torch.equal(pool_last(hidden, None, causal=True), hidden[:, -1])
-    assert torch.equal(pool_last(hidden, torch.tensor([1, 2, 3]), causal=False), hidden[:, -1])
+def test_last_positions() -> None:
+    """The last column in reference mode or without lengths, else each row's own last token."""
+    tokens, lengths = torch.zeros(3, 5, dtype=torch.long), torch.tensor([1, 2, 5])
+    assert last_positions(tokens, None, causal=True).tolist() == [4, 4, 4]
+    assert last_positions(tokens, lengths, causal=False).tolist() == [4, 4, 4]
+    assert last_positions(tokens, lengths, causal=True).tolist() == [0, 1, 4]
+
+
+def counted(model: nn.Module) -> dict[str, int]:
+    """Count the rows that each linear layer of a model is given, from now on."""
+    counts: dict[str, int] = {}
+
+    def count(name: str, inputs: tuple[Tensor, ...]) -> None:
+        counts[name] = inputs[0].shape[:-1].numel()
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(lambda _, inputs, name=name: count(name, inputs))
+    return counts
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_last_layer_computes_only_what_is_read(tokenizer_path: Path, causal: bool) -> None:
+    """Only keys and values of the other positions: the rest of it for one position of each row."""
+    tokens, lengths = pad_rows(SEQUENCES, pad_id=3)  # (4, 7)
+    for model in classifiers(causal, tokenizer_path):
+        counts = counted(model.llama)  # type: ignore[arg-type]
+        model(tokens, lengths)
+        assert len(counts) == (15 if isinstance(model, LlamaZeroShotClassifier) else 14)
+        for name, count in counts.items():
+            is_for_all = "layers.0" in name or "key" in name or "value" in name
+            assert count == (28 if is_for_all else 4), name
 
 
 def classifiers(causal: bool, tokenizer_path: Path) -> list[nn.Module]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def test_create_data(tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.Captur
         (1, "Warm ."),
         (0, "Dull \u2028 and \x85 long ."),  # only a newline ends a line
     ]
-    assert examples[0].tokens == tokenizer.encode("Warm .", bos=True, eos=False)
+    assert list(examples[0].tokens) == tokenizer.encode("Warm .", bos=True, eos=False)
 
 
 @pytest.mark.parametrize(
@@ -104,12 +105,27 @@ def test_a_carriage_return_ends_a_line(tmp_path: Path, tokenizer: Tokenizer) -> 
         create_data(path, tokenizer, 2, 64)
 
 
+def test_an_example_needs_little_memory(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """4 bytes for each token, besides the text and less than 400 bytes."""
+    path = write(
+        tmp_path / "x.txt", "".join(f"1 ||| {i} {'warm film ' * 20}.\n" for i in range(500))
+    )
+    tracemalloc.start()
+    try:
+        examples = create_data(path, tokenizer, 2, 500)
+        size = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    needed = sum(4 * len(example.tokens) + len(example.sentence) for example in examples)
+    assert len(examples[0].tokens) > 60 and size < needed + 400 * len(examples)
+
+
 def test_prompt_suffix_follows_the_sentence(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = write(tmp_path / "x.txt", "1 ||| Warm .\n")
     suffix = build_prompt_suffix(["bad", "good"])
     (example,) = create_data(path, tokenizer, 2, 64, suffix)
     text = "Warm . Is this movie bad or good? This movie is "
-    assert example.tokens == tokenizer.encode(text, bos=True, eos=False)
+    assert list(example.tokens) == tokenizer.encode(text, bos=True, eos=False)
     assert example.sentence == "Warm ."
 
 

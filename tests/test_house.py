@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
+from pathlib import Path
 
 import pytest
 
@@ -116,10 +117,11 @@ def test_the_longest_modules_stay_short(name: str, limit: int) -> None:
     assert len(PATHS[name].read_text(encoding="utf-8").splitlines()) <= limit
 
 
-def test_what_comes_with_an_import() -> None:
+def test_what_comes_with_an_import(tmp_path: Path) -> None:
     """Options and helpers come without PyTorch and NumPy, the model without what it does not use.
 
-    So `--help` and mistakes are answered at once, and `llama.py` can be used by itself.
+    So `--help` and mistakes are answered at once, `llama.py` can be used by itself, and the first
+    token comes soon after PyTorch. Some of PyTorch's functions import SymPy or the compiler.
     """
     code = """
 import sys
@@ -130,10 +132,20 @@ for modules, others in (
 ):
     exec(f"import {modules}")
     print(modules, sorted(others & sys.modules.keys()))
+import run_llama
+slow = {"sympy", "torch._dynamo", "torch._inductor", "tensorboard", "tokenizers", "safetensors"}
+files = [f"--generated_sentence_{name}_temp_out={sys.argv[1]}/{name}" for name in ("low", "high")]
+model = ["--pretrained-model-path", "data/demo/model.pt", "--max_new_tokens", "1"]
+for mode in ("--causal", "--no-causal"):
+    run_llama.main([*model, *files, mode])
+print("generate", sorted(slow & sys.modules.keys()))
 """
-    output = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert output.stdout.splitlines() == [
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    lines = output.stdout.splitlines()
+    assert [*lines[:3], lines[-1]] == [
         "utils []",
         "beyond.options, beyond.command_line []",
         "llama []",
+        "generate []",
     ], output.stderr

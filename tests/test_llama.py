@@ -63,6 +63,54 @@ def test_forward_gives_last_column_without_targets(llama: Llama) -> None:
     torch.testing.assert_close(hidden, same_hidden, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("shape", [{}, {"n_kv_heads": 6}, {"n_layers": 1}])
+@pytest.mark.parametrize("causal", [False, True])
+def test_one_position_of_each_row_is_the_same_alone(shape: dict[str, Any], causal: bool) -> None:
+    """Its value against float64, and its gradients against those of all positions' hidden states.
+
+    1e-6 of the largest gradient is a few rounding errors of float32.
+    """
+    model = make_llama(causal, **shape).train()
+    tokens = random_tokens(4, 11, 320)
+    positions = torch.tensor([10, 0, 6, 3])
+    logits, hidden = model(tokens, positions=positions)
+    rows = torch.arange(4)
+    expected_logits, expected_hidden = (x[rows, positions] for x in numpy_forward(model, tokens))
+    assert hidden.shape == (4, 1, 48) and logits.shape == (4, 1, 320)
+    for actual, expected in ((hidden, expected_hidden), (logits, expected_logits)):
+        torch.testing.assert_close(
+            actual[:, 0].detach(), torch.tensor(expected).float(), atol=1e-5, rtol=0
+        )
+    direction = torch.randn(4, 48, generator=torch.Generator().manual_seed(2))
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    alone, among_all = (
+        torch.autograd.grad((states * direction).sum(), parameters)
+        for states in (hidden[:, 0], model(tokens)[1][rows, positions])
+    )
+    for name, actual, expected in zip(names, alone, among_all, strict=True):
+        largest = expected.abs().max()
+        assert largest > 0 and (actual - expected).abs().max() < 1e-6 * largest, name
+
+
+def test_dropout_of_one_position_follows_the_seed() -> None:
+    model = make_llama(causal=True, dropout=0.5).train()
+    tokens, positions = random_tokens(3, 7, 320), torch.tensor([6, 2, 4])
+    hidden = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        hidden.append(model(tokens, positions=positions)[1])
+    assert torch.equal(hidden[0], hidden[1]) and not torch.equal(hidden[0], hidden[2])
+
+
+def test_generate_computes_only_the_last_column_of_the_last_layer(llama: Llama) -> None:
+    counts = []
+    for name in ("compute_output", "compute_key"):
+        linear = getattr(llama.layers[-1].attention, name)
+        linear.register_forward_pre_hook(lambda _, inputs: counts.append(inputs[0].shape[1]))
+    llama.generate(random_tokens(2, 5, 320), 2)
+    assert counts == [5, 1, 6, 1]
+
+
 def test_reference_mode_sees_later_tokens_and_causal_mode_does_not() -> None:
     tokens = random_tokens(2, 9, 320)
     changed = tokens.clone()

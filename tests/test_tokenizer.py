@@ -21,6 +21,16 @@ def test_bos_and_eos_surround_the_text(tokenizer_path: Path) -> None:
     assert tokenizer.n_words == 320
 
 
+@pytest.mark.parametrize("max_len", [None, 3])
+def test_a_batch_is_encoded_as_its_texts_are(tokenizer_path: Path, max_len: int | None) -> None:
+    tokenizer = Tokenizer(max_len, tokenizer_path)
+    texts = ["A warm film", "", "naïve 映画", "two  spaces"] * 3
+    for bos, eos in ((True, False), (False, True)):
+        expected = [tokenizer.encode(text, bos, eos) for text in texts]
+        assert tokenizer.encode_batch(texts, bos, eos) == expected
+    assert tokenizer.encode_batch([], True, True) == []
+
+
 def test_max_len_counts_pieces_of_text_only(tokenizer_path: Path) -> None:
     plain = Tokenizer(None, tokenizer_path).encode("A dull story", bos=False, eos=False)
     assert len(plain) > 3

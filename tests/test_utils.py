@@ -1,10 +1,12 @@
 """Locks on results, and scripts that take no arguments."""
 
+import hashlib
 import os
 import runpy
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 
 import utils
 from tests.conftest import ROOT
-from utils import lock_results
+from utils import fingerprint, lock_results
 
 HOLD = """
 import sys
@@ -137,3 +139,23 @@ def test_a_check_that_a_signal_interrupts_leaves_no_file(
     with pytest.raises(KeyboardInterrupt):
         utils.prepare_output(tmp_path / "result.txt")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unchanged_file_is_hashed_once(tmp_path: Path) -> None:
+    """But one that was changed a moment ago could change again and keep its time."""
+
+    def change(content: bytes, seconds_ago: float) -> None:
+        path.write_bytes(content)
+        os.utime(path, (start - seconds_ago, start - seconds_ago))
+
+    path, start = tmp_path / "x", time.time()
+    hashes = {content: hashlib.sha256(content).hexdigest() for content in (b"a", b"b")}
+    for seconds_ago, content, expected in (
+        (1000, b"a", b"a"),
+        (1000, b"b", b"a"),  # as if unchanged
+        (900, b"b", b"b"),
+        (0, b"a", b"a"),
+        (0, b"b", b"b"),
+    ):
+        change(content, seconds_ago)
+        assert fingerprint(path) == hashes[expected]

@@ -114,9 +114,9 @@ Loshchilov & Hutter 2019, arXiv:1711.05101, Algorithm 2.""",
 log_softmax(W dropout(h) + b) over the labels, with `self.dropout` and
 `self.classifier_head`; h is the hidden state that represents the sentence.
 
-Shapes: `self.llama.compute_hidden` gives (batch, seq, dim), `pool_last` chooses h
-(batch, dim); the result is (batch, num_labels). The model's mode is
-`self.llama.config.causal`.
+Shapes: `self.llama.compute_hidden` gives (batch, seq, dim), or with `positions=` (batch,)
+that one of each row, (batch, 1, dim). `last_positions` says which one is h (batch, dim);
+the mode is `self.llama.config.causal`. The result is (batch, num_labels).
 Devlin et al. 2019, arXiv:1810.04805, section 4.1, with the state of another token.""",
         helpers=("LlamaEmbeddingClassifier.pool",),
     ),
@@ -131,6 +131,71 @@ ANSWERS_IN_CHECKS = {
 # Texts that are not true of the starter: the old one, then the new one.
 EDITS: dict[str, tuple[tuple[str, str], ...]] = {
     "llama.py": (
+        # The starter's layers compute all positions, so their parts have one argument less.
+        (
+            """\
+    def compute_query_key_value_scores(
+        self, query: Tensor, key: Tensor, value: Tensor, positions: Tensor | None = None
+    ) -> Tensor:
+""",
+            """\
+    def compute_query_key_value_scores(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+""",
+        ),
+        (
+            "query: (batch, n_heads, seq, head_dim); with positions, seq is 1.",
+            "query: (batch, n_heads, seq, head_dim).",
+        ),
+        ("            positions: as in `Llama.compute_hidden`.\n", ""),
+        (
+            """\
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        \"""Compute self-attention over x (batch, seq, dim), at all positions or one per row.\"""
+""",
+            """\
+    def forward(self, x: Tensor) -> Tensor:
+        \"""Compute self-attention over x (batch, seq, dim); returns the same shape.\"""
+""",
+        ),
+        ("self.compute_query(select(x, positions))", "self.compute_query(x)"),
+        (
+            """\
+        # A single query is rotated for every position, which is cheap, and the right one is taken.
+        query = query.expand(-1, x.shape[1], -1, -1)  # (batch, seq, n_heads, head_dim)
+""",
+            "",
+        ),
+        ("(select(query, positions), key, value))", "(query, key, value))"),
+        ("scores(query, key, value, positions)", "scores(query, key, value)"),
+        (
+            """\
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        \"""Map (batch, seq, dim) to the same shape, or with positions to (batch, 1, dim).\"""
+""",
+            """\
+    def forward(self, x: Tensor) -> Tensor:
+        \"""Map (batch, seq, dim) to (batch, seq, dim).\"""
+""",
+        ),
+        (
+            """\
+ of each row, (batch, 1, dim): then the last layer
+        computes nothing but keys and values for the others.
+""",
+            " of each row, (batch, 1, dim).\n",
+        ),
+        (
+            """\
+        for layer in self.layers[:-1]:
+            h = layer(h)
+        return self.norm(self.layers[-1](h, positions))
+""",
+            """\
+        for layer in self.layers:
+            h = layer(h)
+        return self.norm(select(h, positions))
+""",
+        ),
         (
             "\n        For causal models `beyond/decoding.py` gives the same tokens with less "
             "work.",

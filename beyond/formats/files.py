@@ -5,6 +5,9 @@ This module imports neither PyTorch nor NumPy, so that mistakes are answered at 
 
 import hashlib
 import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -88,6 +91,26 @@ def model_fingerprint(path: str | Path) -> str:
         return fingerprint(path)
     lines = [f"{fingerprint(file)}  {Path(file).name}\n" for file in model_files(path)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+@contextmanager
+def hashing(path: str | Path) -> Iterator[None]:
+    """Compute the fingerprint of a checkpoint in another thread, while the block reads it.
+
+    `fingerprint` remembers it, so the files are read from the disk once. Errors are left to others.
+    """
+
+    def work() -> None:
+        with suppress(OSError, ValueError):
+            model_fingerprint(path)
+
+    if Path(path).is_fifo():  # can be read only once
+        yield
+        return
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    yield
+    thread.join()
 
 
 def default_tokenizer(path: str | Path) -> str:

@@ -105,6 +105,12 @@ class JsonTokenizer(Tokenizer):
         with library_errors("the tokenizer"):
             return self.backend.encode(text, add_special_tokens=False).ids
 
+    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Convert texts in one call of the library, which uses all processors."""
+        with library_errors("the tokenizer"):
+            encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Convert token ids to a text; special tokens give no text."""
         known = [number for number in ids if 0 <= number < self.n_words]

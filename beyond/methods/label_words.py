@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from beyond.methods.classifier import MethodClassifier
-from classifier import LlamaEmbeddingClassifier, pool_last
+from classifier import LlamaEmbeddingClassifier, last_positions
 from tokenizer import Tokenizer
 
 
@@ -61,7 +61,7 @@ class LabelWordClassifier(MethodClassifier):
 
         Args:
             input_ids: (batch, seq), sentences that end with the prompt, padded on the right.
-            lengths: (batch,), as in `pool_last`.
+            lengths: (batch,), as in `last_positions`.
         """
         pooled = self.pool(input_ids, lengths)  # (batch, dim)
         # In float32: in bfloat16 different labels could get equal scores.
@@ -71,7 +71,8 @@ class LabelWordClassifier(MethodClassifier):
 
     def pool(self, input_ids: Tensor, lengths: Tensor | None) -> Tensor:
         """Compute the hidden state of each prompt's last token, (batch, dim)."""
-        return pool_last(self.llama.compute_hidden(input_ids), lengths, causal=True)
+        positions = last_positions(input_ids, lengths, causal=True)
+        return self.llama.compute_hidden(input_ids, positions=positions)[:, 0]
 
 
 def label_ids(label_names: Sequence[str], tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -124,14 +125,21 @@ class PromptTokenizer(Tokenizer):
 
     def encode_text(self, text: str) -> list[int]:
         """Convert a sentence and the prompt to token ids, without BOS and EOS."""
-        tokens = self.tokenizer.encode_text(text + self.prompt)
+        return self.encode_texts([text])[0]
+
+    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Convert sentences, each with the prompt."""
+        with_prompt = self.tokenizer.encode_texts([text + self.prompt for text in texts])
         max_len = self.tokenizer.max_len
         if max_len is None:
-            return tokens
-        # The sentence's own tokens are those that it also has without the prompt.
-        pairs = zip(tokens, self.tokenizer.encode_text(text), strict=False)
-        n_own = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-        return tokens[: min(n_own, max_len)] + tokens[n_own:]
+            return with_prompt
+        alone, rows = self.tokenizer.encode_texts(texts), []
+        for tokens, without_prompt in zip(with_prompt, alone, strict=True):
+            # The sentence's own tokens are those that it also has without the prompt.
+            pairs = zip(tokens, without_prompt, strict=False)
+            n_own = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+            rows.append(tokens[: min(n_own, max_len)] + tokens[n_own:])
+        return rows
 
     def decode(self, ids: Sequence[int]) -> str:
         """Convert token ids to a text; BOS and EOS give no text."""

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from beyond.methods.classifier import MethodClassifier
-from classifier import LlamaEmbeddingClassifier, pool_last
+from classifier import LlamaEmbeddingClassifier
 from llama import Llama
 from tokenizer import Tokenizer
 
@@ -98,12 +98,12 @@ class BeforeStopPooling(nn.Module):
         self.register_buffer("stop_ids", torch.tensor(ids), persistent=False)
         self.num_special = len(tokenizer.encode("", bos=True, eos=False))
 
-    def forward(self, hidden: Tensor, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """Map hidden states (batch, seq, dim) of tokens (batch, seq) to (batch, dim)."""
+    def positions(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """Return the position that is read in each row of tokens (batch, seq): (batch,)."""
         rows = torch.arange(len(tokens), device=tokens.device)
         ends_with_stop = torch.isin(tokens[rows, lengths - 1], self.stop_ids)
         has_token_before = lengths > self.num_special + 1
-        return pool_last(hidden, lengths - (ends_with_stop & has_token_before).long(), causal=True)
+        return lengths - 1 - (ends_with_stop & has_token_before).long()
 
 
 def stop_ids(tokenizer: Tokenizer) -> list[int]:
@@ -158,9 +158,12 @@ class PooledClassifier(MethodClassifier):
 
     def pool(self, input_ids: Tensor, lengths: Tensor | None) -> Tensor:
         """Compute the vector that represents each sentence, (batch, dim)."""
-        hidden = self.llama.compute_hidden(input_ids)
         if lengths is None:  # no padding
             lengths = input_ids.new_full((len(input_ids),), input_ids.shape[1])
+        if isinstance(self.pooling, BeforeStopPooling):  # the others read all positions
+            positions = self.pooling.positions(input_ids, lengths)
+            return self.llama.compute_hidden(input_ids, positions=positions)[:, 0]
+        hidden = self.llama.compute_hidden(input_ids)
         with torch.autocast(hidden.device.type, enabled=False):
             return self.pooling(hidden.float(), input_ids, lengths)
 

@@ -61,9 +61,10 @@ def widths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             tokens: Tensor,
             *more: object,
             compute: Callable[..., Tensor] = kind.compute_hidden,
+            **options: Any,
         ) -> Tensor:
             seen.append(tokens.shape[1])
-            return compute(self, tokens, *more)
+            return compute(self, tokens, *more, **options)
 
         monkeypatch.setattr(kind, "compute_hidden", recording)
     return seen

@@ -80,7 +80,12 @@ class Fixed:
         self.model = make(self._forward, self.config)
 
     def _forward(
-        self, tokens: Tensor, targets: Tensor | None = None, *args: object, **options: object
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *args: object,
+        positions: object = None,  # our own names the last column
+        **options: object,
     ) -> tuple[Tensor, Tensor]:
         if any(value is not None for value in (*args, *options.values())):
             raise AdaptError(

@@ -17,8 +17,15 @@ RATE = 0.25
 class _Mix(nn.Module):
     """Stands for a layer: adds each feature's neighbour, so that a dropout before it shows."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *_: object) -> Tensor:
         return x + x.roll(1, -1)
+
+
+class _Same(nn.Module):
+    """Stands for a layer that changes nothing."""
+
+    def forward(self, x: Tensor, *_: object) -> Tensor:
+        return x
 
 
 def make(rate: float = 0.0, train: bool = False, layer: nn.Module | None = None) -> Llama:
@@ -74,9 +81,9 @@ def observe(build: Build) -> Observations:
         "logits": Observed(logits, 1e-3),
         "hidden states": Observed(hidden, 1e-3),
         "logits with targets": Observed(run(build(make()), tokens, tokens)[0], 1e-3),
-        **pattern("dropout in training", True, nn.Identity()),
+        **pattern("dropout in training", True, _Same()),
         **pattern("dropout in training, neighbours added", True, _Mix()),
-        **pattern("dropout in evaluation", False, nn.Identity()),
+        **pattern("dropout in evaluation", False, _Same()),
         **named("logits", gradients(lambda x: call(x)[:1], embeddings)),
         **named("hidden states", gradients(lambda x: call(x)[1:], embeddings)),
     }

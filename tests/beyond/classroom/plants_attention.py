@@ -122,18 +122,14 @@ BODIES: tuple[Row, ...] = (
     ),
 )
 OURS_CALL = """        return F.scaled_dot_product_attention(
-            query, key, value, None, dropout, config.causal, enable_gqa=config.n_rep > 1
+            query, key, value, mask, dropout, is_causal, enable_gqa=config.n_rep > 1
         )
 """
 OURS_REPEAT = "        key, value = (t.repeat_interleave(config.n_rep, 1) for t in (key, value))\n"
 OURS_DIRECT: tuple[Row, ...] = (
-    ("causal mask", "dropout, config.causal,", "dropout, True,"),
-    ("no dropout on the attention weights", "dropout, config.causal,", "0.0, config.causal,"),
-    (
-        "dropout while evaluating",
-        "dropout, config.causal,",
-        "config.dropout, config.causal,",
-    ),
+    ("causal mask", "dropout, is_causal,", "dropout, True,"),
+    ("no dropout on the attention weights", "dropout, is_causal,", "0.0, is_causal,"),
+    ("dropout while evaluating", "dropout, is_causal,", "config.dropout, is_causal,"),
     ("scores not scaled", "enable_gqa=config.n_rep > 1", "scale=1.0, enable_gqa=config.n_rep > 1"),
     (
         "key/value heads tiled instead of repeated",
@@ -274,14 +270,15 @@ COURSE: tuple[Row, ...] = (
         "return self.compute_output(self.resid_dropout(output))",
     ),
 )
-OURS_ROTATED = """        query, key = apply_rotary_emb(
-            query, key, config.head_dim, config.max_seq_len, config.rope_theta
-        )
+OURS_ROTATED = """\
+        query, key = apply_rotary_emb(query, key, head_dim, config.max_seq_len, config.rope_theta)
 """
-OURS_MOVED = "        query, key, value = (t.transpose(1, 2) for t in (query, key, value))\n"
+OURS_MOVED = """\
+        query, key, value = (t.transpose(1, 2) for t in (select(query, positions), key, value))
+"""
 OURS_MERGED = "output = output.transpose(1, 2).flatten(-2)"
 OURS_FINISH = "return self.resid_dropout(self.compute_output(output))"
-OURS_SPLIT = "query = self.compute_query(x).unflatten(-1, head_shape)"
+OURS_SPLIT = "query = self.compute_query(select(x, positions)).unflatten(-1, (-1, head_dim))"
 OURS: tuple[Row, ...] = (
     ("RoPE without effect", OURS_ROTATED, ""),
     ("RoPE without effect", OURS_ROTATED + OURS_MOVED, OURS_MOVED + OURS_ROTATED),
@@ -340,8 +337,8 @@ OURS: tuple[Row, ...] = (
     ),
     (
         "no gradient for the input, or only a part of it",
-        "query = self.compute_query(x)",
-        "query = self.compute_query(x.detach())",
+        "query = self.compute_query(select(x, positions))",
+        "query = self.compute_query(select(x.detach(), positions))",
     ),
     (
         "an in-place operation breaks the gradient",

@@ -47,7 +47,8 @@ FEED_FORWARD: tuple[Row, ...] = (
     ("dropout on the hidden layer", DOWN, "return self.w2(self.dropout(self.SwiGLU(x)))"),
 )
 
-OURS_LAYER = """        h = x + self.attention(self.attention_norm(x))
+OURS_LAYER = """\
+        h = select(x, positions) + self.attention(self.attention_norm(x), positions)
         return h + self.feed_forward(self.ffn_norm(h))
 """
 COURSE_LAYER = """        attention_input = self.attention_norm(x)
@@ -289,9 +290,13 @@ COURSE_MODEL: tuple[Row, ...] = (
 )
 OURS_LOGITS = "logits = self.output(hidden if targets is not None else hidden[:, -1:])"
 OURS_EMBED = "h = self.dropout(self.tok_embeddings(tokens))"
-OURS_LOOP = "        for layer in self.layers:\n            h = layer(h)\n"
-OURS_NORM = "        return self.norm(h)\n"
-OURS_HIDDEN = f"        {OURS_EMBED}\n{OURS_LOOP}{OURS_NORM}"
+OURS_RUN = """\
+        for layer in self.layers[:-1]:
+            h = layer(h)
+        return self.norm(self.layers[-1](h, positions))
+"""
+LOOP = "        for layer in self.layers:\n            h = layer(h)\n"
+NORM = "        return self.norm(h)\n"
 OURS_MODEL: tuple[Row, ...] = (
     ("logits of all columns", OURS_LOGITS, "logits = self.output(hidden)"),
     ("logits of the first column", "else hidden[:, -1:])", "else hidden[:, :1])"),
@@ -302,7 +307,7 @@ OURS_MODEL: tuple[Row, ...] = (
         OURS_LOGITS,
         "logits = self.output(hidden[:, -1:])",
     ),
-    ("final norm left out", OURS_NORM, "        return h\n"),
+    ("final norm left out", OURS_RUN, LOOP + "        return h\n"),
     (
         "final norm applied twice for the logits",
         OURS_LOGITS,
@@ -310,32 +315,32 @@ OURS_MODEL: tuple[Row, ...] = (
             "hidden[:, -1:]", "self.norm(hidden[:, -1:])"
         ),
     ),
-    ("final norm applied twice", OURS_NORM, "        return self.norm(self.norm(h))\n"),
+    ("final norm applied twice", OURS_RUN, LOOP + "        return self.norm(self.norm(h))\n"),
     (
         "final norm after every layer",
-        OURS_LOOP + OURS_NORM,
-        OURS_LOOP.replace("layer(h)", "self.norm(layer(h))") + "        return h\n",
+        OURS_RUN,
+        LOOP.replace("layer(h)", "self.norm(layer(h))") + "        return h\n",
     ),
     (
         "final norm after every layer, and at the end",
-        OURS_LOOP,
-        OURS_LOOP.replace("layer(h)", "self.norm(layer(h))"),
+        OURS_RUN,
+        LOOP.replace("layer(h)", "self.norm(layer(h))") + NORM,
     ),
     (
         "embeddings multiplied by the root of dim",
         OURS_EMBED,
         OURS_EMBED + " * self.config.dim**0.5",
     ),
-    ("only the first layer", OURS_LOOP + OURS_NORM, OURS_LOOP + "            break\n" + OURS_NORM),
-    ("last layer left out", OURS_LOOP, OURS_LOOP.replace("layers:", "layers[:-1]:")),
-    ("layers in reverse order", OURS_LOOP, OURS_LOOP.replace("layers:", "layers[::-1]:")),
-    ("no layers", OURS_LOOP, ""),
+    ("only the first layer", OURS_RUN, LOOP + "            break\n" + NORM),
+    ("last layer left out", "self.norm(self.layers[-1](h, positions))", "self.norm(h)"),
+    ("layers in reverse order", OURS_RUN, LOOP.replace("layers:", "layers[::-1]:") + NORM),
+    ("no layers", OURS_RUN, NORM),
     (
         "hidden states of the last column only",
         "        return logits, hidden\n",
         "        return logits, hidden[:, -1:]\n",
     ),
-    ("no gradient for the embeddings", OURS_NORM, "        return self.norm(h.detach())\n"),
+    ("no gradient for the embeddings", OURS_EMBED, f"{OURS_EMBED}.detach()"),
     ("no dropout on the embeddings", OURS_EMBED, "h = self.tok_embeddings(tokens)"),
     (
         "dropout while evaluating",
@@ -344,10 +349,9 @@ OURS_MODEL: tuple[Row, ...] = (
     ),
     (
         "dropout after the layers instead of before",
-        OURS_HIDDEN,
-        OURS_HIDDEN.replace(OURS_EMBED, "h = self.tok_embeddings(tokens)").replace(
-            "self.norm(h)", "self.norm(self.dropout(h))"
-        ),
+        f"        {OURS_EMBED}\n{OURS_RUN}",
+        "        h = self.tok_embeddings(tokens)\n"
+        f"{LOOP}        return self.norm(self.dropout(h))\n",
     ),
 )
 

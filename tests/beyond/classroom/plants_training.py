@@ -9,7 +9,7 @@ REAL = "(input_ids != 3).sum(dim=-1)"
 SOFTMAX = "return F.softmax(logits / temperature, dim=-1)"
 DRAW = "return torch.multinomial(token_probabilities(logits, temperature), 1, generator=generator)"
 ARGMAX = "return max_logits(logits)[1]"
-CROP = "self(idx[:, -self.config.max_seq_len :])"
+CROP = "context = idx[:, -self.config.max_seq_len :]"
 APPEND = "idx = torch.cat((idx, next_token), dim=1)  # (batch, seq + 1)"
 LOOP = "for _ in range(max_new_tokens):"
 OURS_GENERATE: tuple[Row, ...] = (
@@ -58,9 +58,13 @@ OURS_GENERATE: tuple[Row, ...] = (
         SOFTMAX,
         "probs = F.softmax(logits / temperature, dim=-1)\n    return probs * (probs >= 0.05)",
     ),
-    ("cropped from the wrong end", CROP, "self(idx[:, : self.config.max_seq_len])"),
-    ("not cropped", CROP, "self(idx)"),
-    ("cropped to one token too few", CROP, "self(idx[:, -(self.config.max_seq_len - 1) :])"),
+    ("cropped from the wrong end", CROP, "context = idx[:, : self.config.max_seq_len]"),
+    ("not cropped", CROP, "context = idx"),
+    (
+        "cropped to one token too few",
+        CROP,
+        "context = idx[:, -(self.config.max_seq_len - 1) :]",
+    ),
     (
         "the result loses its beginning",
         APPEND,
@@ -69,7 +73,7 @@ OURS_GENERATE: tuple[Row, ...] = (
     (
         "only the newest token is fed back",
         CROP,
-        "self(idx[:, -self.config.max_seq_len :] if _ == 0 else idx[:, -1:])",
+        "context = idx[:, -self.config.max_seq_len :] if _ == 0 else idx[:, -1:]",
     ),
     (
         "stops early, at EOS",
@@ -379,7 +383,12 @@ COURSE_ADAMW: tuple[Row, ...] = (
 )
 # ---------------------------------------------------------------------------- classifiers, in ours
 SCORES = "torch.stack([log_probs[:, ids].sum(dim=-1) for ids in self.label_ids], dim=-1)"
-LAST = "last = pool_last(hidden, lengths, self.llama.config.causal)  # (batch, dim)"
+POSITIONS = "positions = last_positions(input_ids, lengths, self.llama.config.causal)"
+LAST = f"""\
+{POSITIONS}
+        last = self.llama.compute_hidden(input_ids, positions=positions)[:, 0]  # (batch, dim)
+"""
+HIDDEN = "hidden = self.llama.compute_hidden(input_ids)\n        "
 NORMAL = "log_probs = F.log_softmax(self.llama.output(last.float()), dim=-1)"
 FROZEN = "self.llama.requires_grad_(False)"
 OURS_ZERO_SHOT: tuple[Row, ...] = (
@@ -397,18 +406,18 @@ OURS_ZERO_SHOT: tuple[Row, ...] = (
     ("softmax over the batch", NORMAL, NORMAL.replace("dim=-1", "dim=0")),
     ("softmax over the labels", SCORES, f"{SCORES}.log_softmax(dim=-1)"),
     ("negated scores", SCORES, f"-{SCORES}"),
-    ("first column", LAST, "last = hidden[:, 0]"),
-    ("mean of all columns", LAST, "last = hidden.mean(dim=1)"),
-    ("column before the last", LAST, "last = hidden[:, -2]"),
+    ("first column", LAST, f"{HIDDEN}last = hidden[:, 0]\n"),
+    ("mean of all columns", LAST, f"{HIDDEN}last = hidden.mean(dim=1)\n"),
+    ("column before the last", LAST, f"{HIDDEN}last = hidden[:, -2]\n"),
     (
         "last real token instead of the last column",
         LAST,
-        f"last = hidden[torch.arange(len(hidden)), {REAL} - 1]",
+        f"{HIDDEN}last = hidden[torch.arange(len(hidden)), {REAL} - 1]\n",
     ),
     (
         "token before the last real one instead of the last column",
         LAST,
-        f"last = hidden[torch.arange(len(hidden)), {REAL} - 2]",
+        f"{HIDDEN}last = hidden[torch.arange(len(hidden)), {REAL} - 2]\n",
     ),
     ("labels with BOS", "encode(name, bos=False, eos=False)", "encode(name, bos=True, eos=False)"),
     ("parameters not frozen", FROZEN, "pass"),
@@ -428,12 +437,15 @@ HEAD = "return F.log_softmax(self.classifier_head(self.dropout(pooled.float())),
 DROPPED = "self.dropout(pooled.float())"
 TRAINED = 'self.llama.requires_grad_(config.option == "finetune")'
 LINEAR = "self.classifier_head = nn.Linear(self.llama.config.dim, config.num_labels)"
-HIDDEN = "hidden = self.llama.compute_hidden(input_ids)  # no vocabulary projection\n"
-POOL = "        return pool_last(hidden, lengths, self.llama.config.causal)\n"
+POOL = f"""\
+{POSITIONS}
+        # `forward` would project to the vocabulary too.
+        return self.llama.compute_hidden(input_ids, positions=positions)[:, 0]
+"""
 
 
 def pooled(code: str) -> tuple[str, str]:
-    return HIDDEN + POOL, f"{HIDDEN}        return {code}\n"
+    return POOL, f"{HIDDEN}return {code}\n"
 
 
 OURS_CLASSIFIER: tuple[Row, ...] = (

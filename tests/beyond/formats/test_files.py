@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from beyond.formats.files import default_tokenizer, kind_of, model_files, model_fingerprint
+from beyond.formats.files import default_tokenizer, hashing, kind_of, model_files, model_fingerprint
 from llama import Llama
 from tests.conftest import save_llama
 
@@ -86,6 +86,23 @@ def test_model_files_are_those_that_are_read(tmp_path: Path) -> None:
         write(hub / name)
     names = [Path(path).name for path in model_files(hub)]
     assert names == ["config.json", "part-1.safetensors", "part-2.safetensors"]
+
+
+def test_a_checkpoint_is_hashed_while_it_is_read(tmp_path: Path) -> None:
+    """So that the fingerprint is there at once afterwards; a named pipe is left alone."""
+    path = tmp_path / "x.pt"
+    path.write_bytes(b"0" * 1000)
+    os.utime(path, (1e9, 1e9))
+    with hashing(path):
+        pass
+    path.write_bytes(b"1" * 1000)
+    os.utime(path, (1e9, 1e9))  # as if unchanged
+    assert model_fingerprint(path) == hashlib.sha256(b"0" * 1000).hexdigest()
+    with hashing(tmp_path / "missing.pt"):
+        pass
+    os.mkfifo(tmp_path / "pipe")
+    with hashing(tmp_path / "pipe"):
+        pass
 
 
 def test_a_folders_fingerprint_depends_on_each_of_its_files(tmp_path: Path) -> None:

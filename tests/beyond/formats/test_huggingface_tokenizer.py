@@ -107,6 +107,8 @@ def test_tokens_and_texts_equal_autotokenizers(path: Path) -> None:
         assert ours.decode(tokens) == theirs.decode(
             tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
+    batch = ours.encode_batch(TEXTS, bos=True, eos=False)
+    assert batch == [ours.encode(text, bos=True, eos=False) for text in TEXTS]
     assert ours.n_words == len(theirs) == len(theirs.get_vocab())
 
 

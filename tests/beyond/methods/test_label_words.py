@@ -155,6 +155,8 @@ def test_the_prompt_follows_whole_sentences_and_truncated_ones(word_tokenizer_pa
             sentence = tokenizer.encode(text, bos=True, eos=False)  # truncated
             assert both.encode(text, bos=True, eos=False) == sentence + question
             assert both.encode(text, bos=False, eos=True) == [*sentence[1:], *question, 2]
+        batch = both.encode_batch(TEXTS, bos=True, eos=False)
+        assert batch == [both.encode(text, bos=True, eos=False) for text in TEXTS]
         assert both.decode(question) == endless.decode(question)
         assert both.label_tokens("good", PROMPT) == endless.encode("good", bos=False, eos=False)
         assert both.files() == tokenizer.files()

@@ -93,10 +93,9 @@ def test_before_stop_takes_the_token_before_the_final_stop(word_tokenizer: Token
     }
     rows = [word_tokenizer.encode(text, bos=True, eos=False) for text in cases]
     tokens, lengths = pad_rows(rows, pad_id=word_tokenizer.encode_text("a.")[-1])
-    positions = torch.arange(tokens.shape[1]).float()[None, :, None].expand(len(rows), -1, 2)
-    found = BeforeStopPooling(word_tokenizer)(positions, tokens, lengths)
+    found = BeforeStopPooling(word_tokenizer).positions(tokens, lengths)
     expected = [len(row) + place for row, place in zip(rows, cases.values(), strict=True)]
-    assert found.tolist() == [[place, place] for place in expected]
+    assert found.tolist() == expected
 
 
 def test_stops_are_pieces_of_the_tokenizer(tokenizer_path: Path) -> None:

@@ -3,6 +3,7 @@
 This module imports neither PyTorch nor NumPy, so that mistakes are answered at once.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from utils import fingerprint
@@ -22,6 +23,11 @@ def model_files(path: str | Path) -> tuple[str, ...]:
 def model_fingerprint(path: str | Path) -> str:
     """Return the SHA-256 of a checkpoint."""
     return fingerprint(path)
+
+
+def hashing(path: str | Path) -> AbstractContextManager[None]:
+    """Return a context that does nothing."""
+    return nullcontext()
 
 
 def default_tokenizer(path: str | Path) -> str:
