@@ -19,7 +19,6 @@ import torch
 import transformers
 
 from benchmarks import growth, llama2c, rows
-from benchmarks.growth import STEP_ROUNDS
 from benchmarks.measure import describe_machine
 from benchmarks.table import (
     HEAD,
@@ -28,16 +27,16 @@ from benchmarks.table import (
     describe_peak_rates,
     measure,
     peak_rate,
-    precision,
 )
 from benchmarks.works import can_compile, make_llama, missing_inputs, read_llama
+from beyond.interrupts import Interrupted, signals_raise
 from beyond.runtime import resolve_device
 from utils import OneLineParser, at_least_one, describe_error, open_atomically, prepare_output
 
 FOLDER = Path(__file__).parent
 PROGRAM = "python -m benchmarks"
 MEMORY_SECONDS = 12.0  # roughly, to measure the memory of a side
-CONTEXT_SECONDS, STEP_SECONDS = 30.0, 25.0  # roughly, of one call of all sides
+CONTEXT_SECONDS, STEP_SECONDS = 24.0, 22.0  # roughly, of one call of all sides
 INTRODUCTION = """\
 # Benchmark results
 
@@ -45,7 +44,8 @@ Measured by `uv run python -m benchmarks`. The model has the shape of `stories42
 weights, or is SmolLM2 where that is said. It generates greedily, *new tokens* after a context of
 random tokens or after the assignment's prompt. Its speed is that of the new tokens after the first
 one, for all sides. It reads real sentences of SST and CFIMDB in the assignment's batch sizes. Times
-are medians of {rounds} rounds; in each round all sides of the same work run, one after the other.
+are medians of {rounds} rounds, for CFIMDB of {quick}; in each round all sides of the same work run,
+one after the other.
 
 - *speedup*: the speed of *side* divided by the speed of *baseline*, in the same run.
 - *target*: the speedup that this project aims for. 3.5 is for a processor with AMX.
@@ -54,7 +54,7 @@ are medians of {rounds} rounds; in each round all sides of the same work run, on
   the same run. For generation it is the memory bandwidth, and each weight is read once per token.
   For the other tasks it is the rate of large matrix products, and padding does not count as work.
 - *GiB*: the peak memory of a process that does only this work, *side* / *baseline*.
-- On CUDA, float32 products are computed in TF32 in causal mode, on both sides, as the program does.
+- On CUDA, float32 products use TF32 on all sides but *reference*, as the program does.
 {notes}
 {machine}
 """
@@ -121,43 +121,36 @@ class Part:
     Attributes:
         what: name, for the progress.
         seconds: roughly, until it is measured.
-        causal: whether on CUDA float32 products use TF32.
         heading: lines before those of `measure`.
         measure: yields the lines.
     """
 
     what: str
     seconds: float
-    causal: bool
     heading: tuple[str, ...]
     measure: Callable[[], Iterable[str]]
 
 
 def list_parts(args: argparse.Namespace, setting: Setting) -> list[Part]:
     """Return what is to be measured, in the order of the results."""
-    parts = []
-    calls = setting.rounds + 1  # the first one warms up
-    for title, causal, groups in (
-        ("Reference mode", False, rows.REFERENCE),
-        ("Causal mode", True, rows.CAUSAL),
-    ):
-        heading: tuple[str, ...] = (f"\n## {title}\n", *HEAD.split("\n"))
-        for group in rows.choose(
-            groups, setting.device, args.llama2c, args.smollm2, can_compile(), args.only
-        ):
-            what = f"{group.job}: {', '.join(group.sides)}"
-            seconds = group.seconds * calls + len(group.sides) * MEMORY_SECONDS
-            parts.append(Part(what, seconds, causal, heading, partial(measure, group, setting)))
-            heading = ()
+    device = setting.device
+    parts: list[Part] = []
+    for group in rows.choose(device, args.llama2c, args.smollm2, can_compile(device), args.only):
+        what = f"{group.job}: {', '.join(group.sides)}"
+        seconds = group.seconds * (setting.rounds_of(group.is_quick) + 1)  # the first warms up
+        seconds += len(group.sides) * MEMORY_SECONDS
+        heading = () if parts else tuple(HEAD.split("\n"))
+        parts.append(Part(what, seconds, heading, partial(measure, group, setting)))
     for what, contexts, seconds in (
-        ("tokens per second by context", True, CONTEXT_SECONDS * calls),
-        ("time of a training step by batch", False, STEP_SECONDS * min(calls, STEP_ROUNDS + 1)),
+        ("tokens per second by context", True, CONTEXT_SECONDS),
+        ("time of a training step by batch", False, STEP_SECONDS),
     ):
         if args.only in what:
+            seconds *= setting.rounds_of(is_quick=not contexts) + 1
             grow = partial(measure_growth, setting, args.output, contexts)
-            parts.append(Part(what, seconds, True, (), grow))
+            parts.append(Part(what, seconds, (), grow))
     if not parts:
-        raise ValueError(f"--only {args.only}: no row contains this text")
+        raise ValueError(f"--only {args.only}: no row that can be measured here has this text")
     return parts
 
 
@@ -169,7 +162,7 @@ def measure_growth(setting: Setting, folder: Path | None, contexts: bool) -> lis
         lines = growth.describe_contexts(times, peak)
     else:
         times, draw = growth.measure_steps(setting), growth.draw_steps
-        lines = growth.describe_steps(times, peak, setting.rounds)
+        lines = growth.describe_steps(times, peak, setting.rounds_of(is_quick=True))
     if folder is not None:
         draw(times, folder)
     return lines
@@ -190,16 +183,19 @@ def run(args: argparse.Namespace) -> None:
         progress = Progress([part.seconds for part in parts])
         text = INTRODUCTION.format(
             rounds=args.rounds,
-            notes="\n".join(rows.notes(device, args.llama2c, args.smollm2, can_compile())),
+            quick=setting.rounds_of(is_quick=True),
+            notes="".join(
+                f"{note}\n"
+                for note in rows.notes(device, args.llama2c, args.smollm2, can_compile(device))
+            ),
             machine=f"{describe_machine(device)}; {describe_peak_rates(device)}",
         )
         print(text, flush=True)
         for part in parts:
             progress.next(part.what)
-            with precision(device, part.causal):
-                for line in chain(part.heading, part.measure()):
-                    print(line, flush=True)
-                    text += f"{line}\n"
+            for line in chain(part.heading, part.measure()):
+                print(line, flush=True)
+                text += f"{line}\n"
     if args.output is not None:
         with open_atomically(args.output / "RESULTS.md") as file:
             file.write(text)
@@ -209,14 +205,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    try:
-        run(parse_args(argv))
-    except (ValueError, OSError) as error:
-        print(f"{PROGRAM}: error: {describe_error(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted", file=sys.stderr)
-        return 130
+    with signals_raise():
+        try:
+            run(parse_args(argv))
+        except Interrupted as interrupt:
+            print(f"{PROGRAM}: interrupted; nothing is written", file=sys.stderr)
+            return 128 + interrupt.number
+        except (ValueError, OSError) as error:
+            print(f"{PROGRAM}: error: {describe_error(error)}", file=sys.stderr)
+            return 2
     return 0
 
 

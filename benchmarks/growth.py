@@ -1,5 +1,6 @@
 """How times grow: of a token with its context, of a training step with its batch."""
 
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -15,13 +16,12 @@ from config import LlamaConfig
 from llama import Llama
 
 NEW_TOKENS = 75
-CONTEXTS = (16, 128, 256, 512, 949)  # the tokens after the last one fill up max_seq_len
+CONTEXTS = (16, 128, 512, 949)  # the tokens after the last one fill up max_seq_len
 TARGET = 0.8  # speed after the longest context / after the shortest, in float32
 GENERATING = ("causal int8", "causal bfloat16", "causal float32", "Hugging Face float32")
 BATCHES = ((1, 32), (4, 32), (16, 32), (64, 32))  # sentences, tokens of each
 LENGTHS = ((4, 16), (4, 64), (4, 256), (4, 512))
 TRAINING = ("causal bfloat16", "causal float32", "Hugging Face float32")
-STEP_ROUNDS = 3  # at most
 CONTEXT_PICTURE, STEP_PICTURE = "context.png", "step.png"
 ADAMW_BYTES = 28  # per weight: read it, its gradient and two averages; write all but the gradient
 
@@ -30,12 +30,19 @@ Times = Mapping[str, Mapping[Size, float]]  # side -> context or batch -> second
 PeakRate = Callable[[str], float]  # see `table.peak_rate`
 
 
-def measure_all(jobs: Mapping[Size, Job], sides: Sequence[str], setting: Setting) -> Times:
+def measure_all(
+    jobs: Mapping[Size, Job], sides: Sequence[str], rounds: int, device: torch.device
+) -> Times:
     """Measure each job on each side, all in turn; returns seconds."""
     keys = [(side, size) for side in sides for size in jobs]
-    works = [make_work(jobs[size], side, setting.device) for side, size in keys]
-    seconds = dict(zip(keys, time_in_turn(works, setting.rounds, setting.device), strict=True))
+    works = [make_work(jobs[size], side, device) for side, size in keys]
+    seconds = dict(zip(keys, time_in_turn(works, rounds, device), strict=True))
     return {side: {size: seconds[side, size] for size in jobs} for side in sides}
+
+
+def wrap(text: str) -> str:
+    """Return a paragraph with lines of at most 100 characters."""
+    return textwrap.fill(" ".join(text.split()), 100)
 
 
 def fit_line(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float]:
@@ -70,7 +77,7 @@ def measure_contexts(setting: Setting) -> Times:
     """Return the seconds of `NEW_TOKENS` tokens after each context."""
     sides = [side for side in GENERATING if setting.device.type == "cpu" or "int8" not in side]
     jobs: dict[Size, Job] = {c: Job("generate", f"{NEW_TOKENS} after {c}") for c in CONTEXTS}
-    return measure_all(jobs, sides, setting)
+    return measure_all(jobs, sides, setting.rounds, setting.device)
 
 
 def describe_contexts(times: Times, peak_rate: PeakRate) -> list[str]:
@@ -100,26 +107,26 @@ def describe_contexts(times: Times, peak_rate: PeakRate) -> list[str]:
             f"| {side} | {start * 1e3:.3g} | {slope * 1e6:.3g} | {numbers * size / 2**10:g} | "
             f"{numbers * size / memory * 1e6:.2g} |"
         )
-    return [
-        f"## Tokens per second by context\n\nThe next {NEW_TOKENS} tokens after a context, the "
-        "context itself not counted.\n",
-        *make_table("context", times, NEW_TOKENS, inverse=True),
-        f"\n![Tokens per second by context]({CONTEXT_PICTURE})\n",
-        *HEAD.split("\n"),
-        row,
-        f"""
+    explanation = f"""\
 Why speed falls: for each new token all weights are read, and the keys and values of all earlier
 positions. The weights take the same time for every token. The keys and values grow by the same
 number of bytes with each position, so the time of a token is close to a straight line. The table
 has the line that fits best: the time without context, and the time that one position adds. A
-position has {numbers:,} numbers ({config.n_layers} layers, keys and values of {config.dim}); they
-are float32 with float32 weights, else bfloat16. The last column is the time that the memory needs
-to give them, at the rate above. Where the measured time is near that, or below it because a part is
-still in the processor's cache, reading is the limit; where it is much longer, computing the
-attention is. The fewer bytes the weights have, the more a context matters.
-""",
+position has {numbers:,} numbers ({config.n_layers} layers, keys and values of
+{config.n_kv_heads * config.head_dim}); they are float32 with float32 weights, else bfloat16. The
+last column is the time that the memory needs to give them, at the rate above. Where the measured
+time is near that, or below it because a part is still in the processor's cache, reading is the
+limit; where it is much longer, computing the attention is. The fewer bytes the weights have, the
+more a context matters."""
+    return [
+        "\n## Tokens per second by context\n",
+        f"Speed of {NEW_TOKENS} tokens after a context; the context itself does not count.\n",
+        *make_table("context", times, NEW_TOKENS, inverse=True),
+        f"\n![Tokens per second by context]({CONTEXT_PICTURE})\n",
+        *HEAD.split("\n"),
+        row,
+        f"\n{wrap(explanation)}\n",
         *slopes,
-        "",
     ]
 
 
@@ -131,8 +138,7 @@ def measure_steps(setting: Setting) -> Times:
     sides = [side for side in TRAINING if has_bfloat16(setting.device) or "bfloat16" not in side]
     sizes: list[tuple[int, int]] = [*BATCHES, *LENGTHS]
     jobs: dict[Size, Job] = {size: Job("finetune", f"{size[0]} x {size[1]}") for size in sizes}
-    rounds = min(setting.rounds, STEP_ROUNDS)
-    return measure_all(jobs, sides, Setting(rounds, setting.device))
+    return measure_all(jobs, sides, setting.rounds_of(is_quick=True), setting.device)
 
 
 def describe_steps(times: Times, peak_rate: PeakRate, rounds: int) -> list[str]:
@@ -158,25 +164,29 @@ def describe_steps(times: Times, peak_rate: PeakRate, rounds: int) -> list[str]:
             f"| {side} | {fixed * 1e3:.3g} | {slope * 1e6:.3g} | {6 * in_layers / rate * 1e6:.3g} "
             f"| {ends[0]:.3g} | {ends[1]:.3g} |"
         )
+    explanation = f"""\
+Why it grows: a step has a part that does not depend on the batch. AdamW reads and writes each
+weight and its two averages, {ADAMW_BYTES * weights / 1e9:.1f} GB in all, for which the memory needs
+{ADAMW_BYTES * weights / memory * 1e3:.0f} ms; and the gradient of the embedding is as large for one
+sentence as for many. So small batches pay mostly for the update. The rest grows with the tokens:
+each one is multiplied with all weights of the layers, once forward and twice backward. The table
+has the line that fits the batches of {BATCHES[0][1]} tokens a sentence best, beside the time of
+these products at the peak rate above. Longer sentences add attention, whose products grow with the
+square of the length: at {longest[1]} tokens they are {share:.0%} of those with the weights, or half
+of that where later positions are skipped. The last two columns are the time per token without the
+fixed part, in short and in long sentences."""
     return [
-        "## Time of a training step by batch\n\nMilliseconds of one fine-tuning step (forward, "
-        "backward, update) on *sentences x tokens*, all sentences\nequally long. Medians of "
-        f"{min(rounds, STEP_ROUNDS)} rounds.\n",
+        "\n## Time of a training step by batch\n",
+        wrap(
+            "Milliseconds of one fine-tuning step (forward, backward, update) on a batch of "
+            f"*sentences x tokens*, all sentences equally long. Medians of {rounds} rounds."
+        ),
+        "",
         *make_table("batch", times, 1e3),
         f"\n![Time of a training step by batch]({STEP_PICTURE})\n",
-        f"""\
-Why it grows: a step has a part that does not depend on the batch. AdamW reads and writes each
-weight and its two averages, {ADAMW_BYTES * weights / 1e9:.1f} GB in all, which takes the memory
-{ADAMW_BYTES * weights / memory * 1e3:.0f} ms; the gradient of the embedding is as large for one
-sentence as for many. The rest grows with the tokens: each one is multiplied with all weights of
-the layers, once forward and twice backward. The table has the line that fits the four batches of
-{BATCHES[0][1]} tokens a sentence best, beside the time of these products at the peak rate above. So
-small batches pay mostly for the update. Longer sentences add attention, whose products grow with
-the square of the length: at {longest[1]} tokens they are {share:.0%} of those with the weights. The
-last two columns are the time per token without the fixed part, in short and in long sentences.
-""",
-        *slopes,
+        wrap(explanation),
         "",
+        *slopes,
     ]
 
 
@@ -185,21 +195,21 @@ last two columns are the time per token without the fixed part, in short and in 
 
 def draw_contexts(times: Times, folder: Path) -> None:
     """Draw tokens per second against the context, into a file of the folder."""
-    figure = Figure(figsize=(7, 4.2), dpi=110, layout="tight")
+    figure = Figure(figsize=(9, 4.2), dpi=110, layout="constrained")
     axes = figure.subplots()
     for side, column in times.items():
         speeds = [NEW_TOKENS / column[context] for context in CONTEXTS]
         axes.plot(CONTEXTS, speeds, marker="o", label=side)
     axes.set(xlabel="tokens before the first new one", ylabel="tokens per second")
     axes.set(title=f"Greedy generation of {NEW_TOKENS} tokens, 42M parameters", ylim=(0, None))
-    axes.legend()
+    figure.legend(loc="outside right center")
     axes.grid(alpha=0.3)
     figure.savefig(folder / CONTEXT_PICTURE)
 
 
 def draw_steps(times: Times, folder: Path) -> None:
     """Draw the time of a step against sentences and their length, into a file of the folder."""
-    figure = Figure(figsize=(10, 4.2), dpi=110, layout="tight")
+    figure = Figure(figsize=(10, 4.2), dpi=110, layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, sizes, index in zip(panels, (BATCHES, LENGTHS), (0, 1), strict=True):
         for side, column in times.items():

@@ -1,6 +1,5 @@
 """Which comparisons there are, with the aims, and which of them are left out here."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,23 +13,11 @@ NEW_TOKENS = 200
 GREEDY = f"{NEW_TOKENS} after 1"
 SMOLLM2 = "SmolLM2"  # stands for the folder
 
-# Both sides get the same batches, in the file's order and with the same padding. Without a causal
-# mask nothing can be cached, so Hugging Face generates without its cache too.
-REFERENCE = (
-    Group(
-        Job("generate", "75 after the prompt"),
-        (Row("reference float32", "Hugging Face without cache float32"),),
-        5,
-    ),
-    Group(Job("prompt", "sst"), (Row("reference float32", "Hugging Face float32"),), 1),
-    Group(Job("prompt", "cfimdb"), (Row("reference float32", "Hugging Face float32"),), 7),
-    # A step takes .92 of Hugging Face's time.
-    Group(Job("finetune", "sst"), (Row("reference float32", "Hugging Face float32", 1.09),), 20),
-    Group(Job("finetune", "cfimdb"), (Row("reference float32", "Hugging Face float32"),), 18),
-)
-# Hugging Face gets batches in the file's order, as its users make them; this project makes batches
-# of sentences of similar length. So speeds are per sentence.
-CAUSAL = (
+# In reference mode both sides get the same batches, in the file's order and with the same padding.
+# Without a causal mask nothing can be cached, so Hugging Face generates without its cache too.
+# In causal mode Hugging Face gets the same batches as before, as its users make them; this project
+# makes batches of sentences of similar length. So speeds are per sentence.
+GROUPS = (
     Group(
         Job("generate", GREEDY),
         (
@@ -45,7 +32,7 @@ CAUSAL = (
             Row("causal bfloat16", "Hugging Face bfloat16", 1.6),
             Row("compiled bfloat16", "Hugging Face bfloat16"),
         ),
-        25,
+        26,
     ),
     Group(
         Job("generate", GREEDY, SMOLLM2),
@@ -53,50 +40,58 @@ CAUSAL = (
             Row("causal bfloat16", "Hugging Face bfloat16", 1.5),
             Row("causal int8", "Hugging Face bfloat16"),
         ),
-        15,
+        14,
     ),
     Group(
         Job("generate", "75 after the prompt"),
-        (Row("causal float32", "reference float32", 4.0),),
-        3,
+        (
+            Row("reference float32", "Hugging Face without cache float32"),
+            Row("causal float32", "reference float32", 4.0),
+        ),
+        8,
     ),
     Group(
         Job("prompt", "sst"),
         (
+            Row("reference float32", "Hugging Face float32"),
             Row("causal float32", "Hugging Face float32"),
             Row("causal bfloat16", "Hugging Face float32", 3.0),
         ),
-        1,
+        2,
     ),
     Group(
         Job("prompt", "cfimdb"),
         (
+            Row("reference float32", "Hugging Face float32"),
             Row("causal float32", "Hugging Face float32"),
             Row("causal bfloat16", "Hugging Face float32"),
         ),
-        6,
+        11,
+        is_quick=True,
     ),
     Group(
         Job("finetune", "sst"),
         (
+            Row("reference float32", "Hugging Face float32", 1.09),  # .92 of the time
             Row("causal float32", "Hugging Face float32", 2.4),
             Row("causal bfloat16", "Hugging Face float32", 3.5),
         ),
-        18,
+        31,
     ),
     Group(
         Job("finetune", "cfimdb"),
         (
+            Row("reference float32", "Hugging Face float32"),
             Row("causal float32", "Hugging Face float32"),
             Row("causal bfloat16", "Hugging Face float32", 3.0),
         ),
-        17,
+        30,
+        is_quick=True,
     ),
 )
 
 
 def choose(
-    groups: Sequence[Group],
     device: torch.device,
     llama2c: Path | None,
     smollm2: Path | None,
@@ -106,14 +101,13 @@ def choose(
     """Return the groups with the rows that can be measured here; see `notes` for the others.
 
     Args:
-        groups: all there are.
         device: where the work runs.
         llama2c, smollm2: the folders of the command line.
         can_compile: whether decoding can be compiled.
         only: a row is left out unless its work or its sides contain this text.
     """
     chosen = []
-    for group in groups:
+    for group in GROUPS:
         job, work = group.job, f"{group.job.task} {group.job.data} {group.job.model}"
         if job.model:
             if smollm2 is None:
@@ -143,7 +137,7 @@ def notes(
     reasons = [
         (llama2c is None, "llama2.c: `--llama2c FOLDER` was not given"),
         (smollm2 is None, "SmolLM2: `--smollm2 FOLDER` was not given"),
-        (not can_compile, "compiled decoding: no C++ compiler was found"),
+        (not can_compile, "compiled decoding: it needs the CPU and a C++ compiler"),
         (
             not has_bfloat16(device),
             "prompt and finetune in bfloat16: the processor has no units for it, so that float32 "

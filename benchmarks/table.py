@@ -3,7 +3,6 @@
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import cache
@@ -13,11 +12,12 @@ import torch
 
 from benchmarks import llama2c
 from benchmarks.measure import matrix_rate, memory_rate, peak_memory, time_in_turn
-from benchmarks.works import DTYPES, Job, batches_of, make_llama, make_work
+from benchmarks.works import DTYPES, Job, batches_of, make_llama, make_work, precision
 
 HEAD = """\
 | work | side | baseline | speedup | target | speed | of baseline | unit | utilisation | GiB |
 |---|---|---|---|---|---|---|---|---|---|"""
+QUICK_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,13 @@ class Group:
         job: the work.
         rows: the comparisons.
         seconds: roughly, of one call of all sides; tells when the run ends.
+        is_quick: whether at most `QUICK_ROUNDS` rounds are measured, to save time.
     """
 
     job: Job
     rows: tuple[Row, ...]
     seconds: float
+    is_quick: bool = False
 
     @property
     def sides(self) -> list[str]:
@@ -56,6 +58,10 @@ class Setting:
     rounds: int
     device: torch.device
     peer: Path | None = None  # the folder of llama2.c's programs
+
+    def rounds_of(self, is_quick: bool) -> int:
+        """Return how many rounds are measured."""
+        return min(self.rounds, QUICK_ROUNDS) if is_quick else self.rounds
 
 
 class Progress:
@@ -96,20 +102,6 @@ def count_units(job: Job, side: str) -> float:
 # ------------------------------------------------------------------------------------ peak rates
 
 
-@contextmanager
-def precision(device: torch.device, causal: bool) -> Iterator[None]:
-    """On CUDA, compute float32 products in TF32 while the block runs, as the program does.
-
-    The program does so in causal mode only.
-    """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if device.type == "cuda" and causal else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def peak_rate(what: str, device: torch.device) -> float:
     """Return the peak rate of memory in bytes/s, or of products in a dtype in FLOP/s."""
     return _peak_rate(what, device, torch.get_float32_matmul_precision())
@@ -125,7 +117,7 @@ def describe_peak_rates(device: torch.device) -> str:
     """Return the peak rates of the machine, for the head of the results."""
     rates = f"{peak_rate('float32', device) / 1e9:.0f} GFLOP/s in float32"
     if device.type == "cuda":
-        with precision(device, causal=True):
+        with precision("causal", device):
             rates += f", {peak_rate('float32', device) / 1e9:.0f} in TF32"
     return (
         f"matrix products {rates}, {peak_rate('bfloat16', device) / 1e9:.0f} in bfloat16; "
@@ -152,7 +144,8 @@ def utilisation(job: Job, side: str, seconds: float, device: torch.device) -> st
     tokens = sum(int(lengths.sum()) for _, lengths, _ in batches)
     in_layers = parameters - llama.output.weight.numel()
     rate = (6 if job.task == "finetune" else 2) * in_layers * tokens / seconds
-    return f"{rate / peak_rate(dtype, device):.0%} of {dtype}"
+    with precision(side, device):
+        return f"{rate / peak_rate(dtype, device):.0%} of {dtype}"
 
 
 # ------------------------------------------------------------------------------------ measuring
@@ -175,7 +168,7 @@ def measure(group: Group, setting: Setting) -> Iterator[str]:
     job, sides, device = group.job, group.sides, setting.device
     memory = {side: side_memory(job, side, setting) for side in sides}
     works = [make_work(job, side, device, setting.peer) for side in sides]
-    times = time_in_turn(works, setting.rounds, device)
+    times = time_in_turn(works, setting.rounds_of(group.is_quick), device)
     seconds = dict(zip(sides, times, strict=True))
     speeds = {side: count_units(job, side) / seconds[side] for side in sides}
     for row in group.rows:

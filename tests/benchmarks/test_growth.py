@@ -56,7 +56,7 @@ def test_the_row_compares_the_longest_context_with_the_shortest(contexts: Times)
 
 
 def test_the_line_of_a_steps_time(steps: Times) -> None:
-    lines = growth.describe_steps(steps, peak_rate, rounds=7)
+    lines = growth.describe_steps(steps, peak_rate, rounds=3)
     (row,) = cells_of(lines, "| causal float32")
     assert row[:3] == ["causal float32", "80", "1e+03"]
     # Eight layers have 8 (4 512^2 + 3 512 1376 + 2 512) weights, and the last norm 512.

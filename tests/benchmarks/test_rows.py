@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.rows import CAUSAL, GREEDY, REFERENCE, choose, notes
+from benchmarks.rows import GREEDY, GROUPS, choose, notes
 from benchmarks.table import Group
 from beyond.runtime import has_bfloat16
 
@@ -25,7 +25,7 @@ def cells(groups: list[Group]) -> list[tuple[str, str, str]]:
 def test_aims() -> None:
     aims = {
         (group.job.task, group.job.data, bool(group.job.model), row.side, row.baseline): row.target
-        for group in (*REFERENCE, *CAUSAL)
+        for group in GROUPS
         for row in group.rows
     }
     generate = ("generate", GREEDY, False)
@@ -46,8 +46,8 @@ def test_aims() -> None:
 
 
 def test_rows_without_their_peer_are_left_out_and_said_to_be() -> None:
-    everything = choose(CAUSAL, CPU, FOLDER, FOLDER, True, "generate")
-    without = choose(CAUSAL, CPU, None, None, False, "generate")
+    everything = choose(CPU, FOLDER, FOLDER, True, "generate")
+    without = choose(CPU, None, None, False, "generate")
     missing = set(cells(everything)) - set(cells(without))
     assert {str(FOLDER) in work for work, *_ in missing} == {True, False}
     assert all(
@@ -68,7 +68,7 @@ def test_no_note_about_rows_that_are_there() -> None:
 
 def test_products_in_bfloat16_need_units_for_it() -> None:
     """Without them they would take up to 100 times as long; reading such weights is fast."""
-    rows = cells(choose(CAUSAL, CPU, FOLDER, FOLDER, True, "bfloat16"))
+    rows = cells(choose(CPU, FOLDER, FOLDER, True, "bfloat16"))
     tasks = {task.split(" ")[0] for task, _, _ in rows}
     assert tasks == ({"generate", "prompt", "finetune"} if has_bfloat16(CPU) else {"generate"})
 
@@ -77,9 +77,9 @@ def test_products_in_bfloat16_need_units_for_it() -> None:
     ("only", "count"), [("finetune sst", 1), ("Face without cache", 1), ("no such row", 0)]
 )
 def test_only_the_rows_that_contain_a_text(only: str, count: int) -> None:
-    assert len(choose(REFERENCE, CPU, None, None, False, only)) == count
+    assert len(choose(CPU, None, None, False, only)) == count
 
 
 def test_the_folder_takes_the_place_of_the_models_name() -> None:
-    chosen = choose(CAUSAL, CPU, None, Path("demo"), False, "")
+    chosen = choose(CPU, None, Path("demo"), False, "")
     assert [group.job.model for group in chosen if group.job.model] == ["demo"]
