@@ -16,10 +16,9 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-import transformers
 
 from benchmarks import growth, llama2c, rows
-from benchmarks.measure import describe_machine
+from benchmarks.measure import describe_machine, quiet_transformers
 from benchmarks.table import (
     HEAD,
     Progress,
@@ -203,8 +202,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet_transformers()
     with signals_raise():
         try:
             run(parse_args(argv))

@@ -53,7 +53,14 @@ def peak_memory(make_work: MakeWork, what: Sequence[object], device: torch.devic
         return pool.apply(_peak_memory, (make_work, what, device))
 
 
+def quiet_transformers() -> None:
+    """Let transformers print neither warnings nor progress bars."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
 def _peak_memory(make_work: MakeWork, what: Sequence[object], device: torch.device) -> float:
+    quiet_transformers()
     make_work(*what, device)()
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30

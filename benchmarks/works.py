@@ -165,14 +165,18 @@ def make_work(job: Job, side: str, device: torch.device, peer: Path | None = Non
         assert peer is not None, "the row is left out without a folder"
         threads = torch.get_num_threads()
         return lambda: llama2c.generate(peer, dtype, job.new_tokens, threads)
-    llama = make_llama(kind != "reference", job.model).to(device)
-    if job.task == "generate":
-        work = make_generate(llama, job, kind, dtype, device)
+    if job.model and kind == "Hugging Face":
+        theirs = LlamaForCausalLM.from_pretrained(job.model, dtype=DTYPES[dtype])
+        work = make_hugging_face_generate(theirs, job, kind, device)
     else:
-        make = make_prompt if job.task == "prompt" else make_finetune
-        batches, _ = batches_of(job, side)
-        on_device = [(t.to(device), n.to(device), y.to(device)) for t, n, y in batches]
-        work = make(llama, on_device, kind, dtype, device)
+        llama = make_llama(kind != "reference", job.model).to(device)
+        if job.task == "generate":
+            work = make_generate(llama, job, kind, dtype, device)
+        else:
+            make = make_prompt if job.task == "prompt" else make_finetune
+            batches, _ = batches_of(job, side)
+            on_device = [(t.to(device), n.to(device), y.to(device)) for t, n, y in batches]
+            work = make(llama, on_device, kind, dtype, device)
 
     def precisely() -> float | None:
         with precision(side, device):
@@ -213,9 +217,10 @@ def make_generate(llama: Llama, job: Job, kind: str, dtype: str, device: torch.d
     It returns the seconds from the first new token to the last, as llama2.c counts them. So one
     token more than `job.new_tokens` is generated, and the context's own time does not count.
     """
-    idx, new_tokens = make_context(job, llama.config.vocab_size, device), job.new_tokens + 1
     if kind.startswith("Hugging Face"):
-        return make_hugging_face_generate(llama, job, kind, dtype, idx)
+        theirs = to_hugging_face(llama).to(DTYPES[dtype])  # type: ignore[arg-type]
+        return make_hugging_face_generate(theirs, job, kind, device)
+    idx, new_tokens = make_context(job, llama.config.vocab_size, device), job.new_tokens + 1
     model = prepare(llama.eval(), kind, dtype)
 
     def ours() -> float:
@@ -255,18 +260,16 @@ class Clock(BaseStreamer):
         """Do nothing."""
 
 
-def make_hugging_face_generate(llama: Llama, job: Job, kind: str, dtype: str, idx: Tensor) -> Work:
+def make_hugging_face_generate(
+    theirs: LlamaForCausalLM, job: Job, kind: str, device: torch.device
+) -> Work:
     """Return a function that does what that of `make_generate` does."""
-    if job.model:
-        theirs = LlamaForCausalLM.from_pretrained(job.model, dtype=DTYPES[dtype]).eval()
-    else:
-        theirs = to_hugging_face(llama).to(DTYPES[dtype])  # type: ignore[arg-type]
-    theirs.to(idx.device)
-    new_tokens = job.new_tokens + 1
+    theirs.to(device).eval()  # type: ignore[arg-type]
+    idx, new_tokens = make_context(job, theirs.config.vocab_size, device), job.new_tokens + 1
 
     def generate() -> float:
         clock = Clock()
-        theirs.generate(
+        theirs.generate(  # type: ignore[misc]
             idx,
             attention_mask=torch.ones_like(idx),
             max_new_tokens=new_tokens,
