@@ -39,7 +39,7 @@ ROOT = Path(__file__).parent.parent
 LR = 2e-5
 THE_PROMPT = "the prompt"  # the assignment's, as the context of a job
 BATCH_SIZES = {"prompt": {"sst": 10, "cfimdb": 10}, "finetune": {"sst": 80, "cfimdb": 10}}
-SAMPLE = 2  # batches that stand for a pass over the data
+SAMPLES = {"sst": 2, "cfimdb": 1}  # batches that stand for a pass over the data
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.bfloat16}
 Batch = tuple[Tensor, Tensor, Tensor]  # tokens, lengths, labels
 
@@ -107,7 +107,8 @@ def sample_batches(task: str, data: str, group_by_length: bool) -> tuple[list[Ba
     size = BATCH_SIZES[task][data]
     batches = [batch for batch in dataset.loader(size, shuffle) if len(batch.labels) == size]
     batches.sort(key=lambda batch: batch.tokens.numel())
-    picked = [batches[(2 * i + 1) * len(batches) // (2 * SAMPLE)] for i in range(SAMPLE)]
+    sample = SAMPLES[data]
+    picked = [batches[(2 * i + 1) * len(batches) // (2 * sample)] for i in range(sample)]
     cells = [batch.tokens.numel() for batch in batches]
     worth = sum(batch.tokens.numel() for batch in picked) / sum(cells) * len(cells) * size
     return [(b.tokens, b.lengths, b.labels) for b in picked], worth
