@@ -13,7 +13,7 @@ import transformers
 from benchmarks.machine import peak_resident, processor
 
 LONG = 0.005  # seconds; the next size takes up to 64 times as long, and ten times in all
-Work = Callable[[], object]
+Work = Callable[[], float | None]  # may return the seconds that count
 MakeWork = Callable[..., Work]  # (*what, device)
 
 
@@ -27,7 +27,7 @@ def time_in_turn(works: Sequence[Work], rounds: int, device: torch.device) -> li
     """Return the median seconds of one call of each work.
 
     Every round calls each work once, and every second round in the opposite order, so that
-    disturbances on the machine affect all of them alike.
+    disturbances on the machine affect all of them alike. If a work returns seconds, those count.
     """
     times: list[list[float]] = [[] for _ in works]
     for work in works:
@@ -37,15 +37,15 @@ def time_in_turn(works: Sequence[Work], rounds: int, device: torch.device) -> li
         for i in order:
             wait(device)
             start = time.perf_counter()
-            works[i]()
+            seconds = works[i]()
             wait(device)
-            times[i].append(time.perf_counter() - start)
+            times[i].append(time.perf_counter() - start if seconds is None else seconds)
         order.reverse()
     return [statistics.median(series) for series in times]
 
 
 def peak_memory(make_work: MakeWork, what: Sequence[object], device: torch.device) -> float:
-    """Return the peak memory, in GiB, of a new process that does the work twice.
+    """Return the peak memory, in GiB, of a new process that does the work once.
 
     That is the memory of the GPU, or the resident memory if the work runs on the CPU.
     """
@@ -53,10 +53,15 @@ def peak_memory(make_work: MakeWork, what: Sequence[object], device: torch.devic
         return pool.apply(_peak_memory, (make_work, what, device))
 
 
+def quiet_transformers() -> None:
+    """Let transformers print neither warnings nor progress bars."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
 def _peak_memory(make_work: MakeWork, what: Sequence[object], device: torch.device) -> float:
-    work = make_work(*what, device)
-    for _ in range(2):
-        work()
+    quiet_transformers()
+    make_work(*what, device)()
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     peak = peak_resident()
@@ -77,8 +82,8 @@ def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
             break
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
 
-        def product(a: torch.Tensor = a, b: torch.Tensor = b) -> torch.Tensor:
-            return a @ b
+        def product(a: torch.Tensor = a, b: torch.Tensor = b) -> None:
+            torch.matmul(a, b)
 
         (seconds,) = time_in_turn([product], 9, device)
         best = max(best, 2 * size**3 / seconds)
@@ -89,7 +94,11 @@ def memory_rate(device: torch.device) -> float:
     """Measure the bytes/s at which a matrix-vector product reads a float32 matrix of 256 MiB."""
     matrix = torch.randn(8192, 8192, device=device).t()
     vector = torch.randn(8192, device=device)
-    (seconds,) = time_in_turn([lambda: torch.mv(matrix, vector)], 9, device)
+
+    def product() -> None:
+        torch.mv(matrix, vector)
+
+    (seconds,) = time_in_turn([product], 9, device)
     return matrix.numel() * 4 / seconds
 
 

@@ -1,13 +1,16 @@
-"""The work that is timed: each task as this project does it, and as Hugging Face does.
+"""The work that is timed: each task as this project does it, and as its peers do.
 
-All models have the shape of `stories42M.pt` and the same random weights. The sentences are those of
-SST and CFIMDB, which `data/download.py` downloads. A few batches stand for a pass over a data set:
-its batches are sorted by size and cut into equal parts, and the middle one of each part is taken.
+Models have the shape of `stories42M.pt` and the same random weights, or are read from a folder. The
+sentences are those of SST and CFIMDB, which `data/download.py` downloads. A few batches stand for a
+pass over a data set: its batches are sorted by size and cut into equal parts, and the middle one of
+each part is taken.
 """
 
 import contextlib
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -15,10 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+from transformers.generation.streamers import BaseStreamer
 
-from benchmarks.measure import Work
+from benchmarks import llama2c
+from benchmarks.measure import Work, wait
 from beyond.command_line import PROMPT
-from beyond.decoding import prepare_for_decoding
+from beyond.decoding import Sampler, prepare_for_decoding, stream
+from beyond.formats.load import load_llama
 from beyond.runtime import Runtime
 from classifier import ClassifierConfig, LlamaEmbeddingClassifier, LlamaZeroShotClassifier
 from config import LlamaConfig
@@ -31,11 +37,42 @@ from utils import read_label_names
 
 ROOT = Path(__file__).parent.parent
 LR = 2e-5
-NEW_TOKENS = 75
+THE_PROMPT = "the prompt"  # the assignment's, as the context of a job
 BATCH_SIZES = {"prompt": {"sst": 10, "cfimdb": 10}, "finetune": {"sst": 80, "cfimdb": 10}}
-SAMPLE = 3  # batches that stand for a pass over the data
+SAMPLES = {"sst": 2, "cfimdb": 1}  # batches that stand for a pass over the data
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.bfloat16}
 Batch = tuple[Tensor, Tensor, Tensor]  # tokens, lengths, labels
+
+
+@dataclass(frozen=True)
+class Job:
+    """Work that several sides do, each in its own way.
+
+    Attributes:
+        task: generate, prompt or finetune.
+        data: for generate "<tokens> after <tokens of context>", or "<tokens> after the prompt",
+            which is the assignment's; else sst, cfimdb, or, for finetune, one batch of random
+            tokens, "<sentences> x <tokens>".
+        model: a folder of Hugging Face's; "": random weights.
+    """
+
+    task: str
+    data: str
+    model: str = ""
+
+    def __str__(self) -> str:
+        model = f", {describe_model(self.model)}" if self.model else ""
+        return f"{self.task} {self.data}{model}"
+
+    @property
+    def new_tokens(self) -> int:
+        """How many tokens are generated and timed."""
+        return int(self.data.split(" after ")[0])
+
+    @property
+    def is_one_batch(self) -> bool:
+        """Whether the data is a batch of random tokens."""
+        return " x " in self.data
 
 
 def missing_inputs() -> list[str]:
@@ -70,60 +107,186 @@ def sample_batches(task: str, data: str, group_by_length: bool) -> tuple[list[Ba
     size = BATCH_SIZES[task][data]
     batches = [batch for batch in dataset.loader(size, shuffle) if len(batch.labels) == size]
     batches.sort(key=lambda batch: batch.tokens.numel())
-    picked = [batches[(2 * i + 1) * len(batches) // (2 * SAMPLE)] for i in range(SAMPLE)]
+    sample = SAMPLES[data]
+    picked = [batches[(2 * i + 1) * len(batches) // (2 * sample)] for i in range(sample)]
     cells = [batch.tokens.numel() for batch in batches]
     worth = sum(batch.tokens.numel() for batch in picked) / sum(cells) * len(cells) * size
     return [(b.tokens, b.lengths, b.labels) for b in picked], worth
 
 
-def make_llama(causal: bool) -> Llama:
-    """Make the model; its weights are the same for every work."""
+def batches_of(job: Job, side: str) -> tuple[list[Batch], float]:
+    """Return the batches that a side gets, and the number of sentences that they stand for."""
+    if job.is_one_batch:
+        rows, length = (int(size) for size in job.data.split(" x "))
+        labels = torch.arange(rows) % 2
+        tokens = random_tokens(rows, length, LlamaConfig().vocab_size)
+        return [(tokens, torch.full((rows,), length), labels)], rows
+    return sample_batches(job.task, job.data, group_by_length=side.startswith("causal"))
+
+
+def random_tokens(rows: int, length: int, vocab_size: int) -> Tensor:
+    """Return the same random tokens each time: (rows, length), neither BOS nor EOS."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(3, vocab_size, (rows, length), generator=generator)
+
+
+@cache
+def read_llama(folder: str) -> Llama:
+    """Read a model of Hugging Face's, in float32."""
+    return load_llama(folder, causal=True)
+
+
+def describe_model(folder: str) -> str:
+    """Return the name of a model in a folder, such as SmolLM2-135M."""
+    parameters = sum(parameter.numel() for parameter in read_llama(folder).parameters())
+    return f"SmolLM2-{parameters / 1e6:.0f}M"
+
+
+def make_llama(causal: bool, folder: str = "") -> Llama:
+    """Make the model; its weights are the same for every side of a job."""
+    if folder:
+        return read_llama(folder)
     torch.manual_seed(0)
     return Llama(LlamaConfig(causal=causal))
 
 
-def make_work(task: str, data: str, side: str, device: torch.device) -> Work:
+def make_work(job: Job, side: str, device: torch.device, peer: Path | None = None) -> Work:
     """Return a function that does some work once.
 
     Args:
-        task: generate, prompt or finetune.
-        data: sst or cfimdb; for generate the number of tokens in the context, or "" for the
-            assignment's prompt.
-        side: "reference float32", "causal <dtype>", "Hugging Face <dtype>" or, for generate,
+        job: the work.
+        side: who does it, and the dtype: "reference float32", "causal <dtype>",
+            "Hugging Face <dtype>" or, for generate, "compiled <dtype>", "llama2.c <dtype>", or
             "Hugging Face without cache float32".
         device: where the work runs.
+        peer: the folder of llama2.c's programs.
     """
     kind, dtype = side.rsplit(" ", 1)
-    llama = make_llama(causal=kind == "causal").to(device)
-    if task == "generate":
-        return make_generate(llama, data, kind, dtype, device)
-    batches, _ = sample_batches(task, data, group_by_length=kind == "causal")
-    on_device = [(t.to(device), n.to(device), y.to(device)) for t, n, y in batches]
-    if task == "prompt":
-        return make_prompt(llama, on_device, kind, dtype, device)
-    return make_finetune(llama, on_device, kind, dtype, device)
+    if kind == "llama2.c":
+        assert peer is not None, "the row is left out without a folder"
+        threads = torch.get_num_threads()
+        return lambda: llama2c.generate(peer, dtype, job.new_tokens, threads)
+    if job.model and kind == "Hugging Face":
+        theirs = LlamaForCausalLM.from_pretrained(job.model, dtype=DTYPES[dtype])
+        work = make_hugging_face_generate(theirs, job, kind, device)
+    else:
+        llama = make_llama(kind != "reference", job.model).to(device)
+        if job.task == "generate":
+            work = make_generate(llama, job, kind, dtype, device)
+        else:
+            make = make_prompt if job.task == "prompt" else make_finetune
+            batches, _ = batches_of(job, side)
+            on_device = [(t.to(device), n.to(device), y.to(device)) for t, n, y in batches]
+            work = make(llama, on_device, kind, dtype, device)
+
+    def precisely() -> float | None:
+        with precision(side, device):
+            return work()
+
+    return precisely
 
 
-def make_generate(llama: Llama, context: str, kind: str, dtype: str, device: torch.device) -> Work:
-    """Return a function that continues a prompt greedily, as `make_work` describes."""
-    ids = read_tokenizer().encode(PROMPT, bos=True, eos=False)
-    if context:
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(3, 32000, (int(context),), generator=generator).tolist()
-    idx = torch.tensor([ids], device=device)
-    if not kind.startswith("Hugging Face"):
-        model = prepare_for_decoding(llama.eval(), DTYPES[dtype], quantize=dtype == "int8")
-        return lambda: model.generate(idx, NEW_TOKENS, temperature=0.0)
-    theirs = to_hugging_face(llama).to(DTYPES[dtype]).to(device)  # type: ignore[arg-type]
-    return lambda: theirs.generate(
-        idx,
-        attention_mask=torch.ones_like(idx),
-        max_new_tokens=NEW_TOKENS,
-        min_new_tokens=NEW_TOKENS,
-        do_sample=False,
-        use_cache="without cache" not in kind,
-        pad_token_id=3,
-    )
+@contextlib.contextmanager
+def precision(side: str, device: torch.device) -> Iterator[None]:
+    """On CUDA, let float32 products use TF32 in the block, as the program does in causal mode.
+
+    Hugging Face's do so too; only those of reference mode do not.
+    """
+    uses_tf32 = device.type == "cuda" and not side.startswith("reference")
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if uses_tf32 else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+# ----------------------------------------------------------------------------------------- generate
+
+
+def make_context(job: Job, vocab_size: int, device: torch.device) -> Tensor:
+    """Return the tokens that come before the first new one: (1, seq)."""
+    context = job.data.split(" after ")[1]
+    if context == THE_PROMPT:
+        return torch.tensor([read_tokenizer().encode(PROMPT, bos=True, eos=False)], device=device)
+    return random_tokens(1, int(context), vocab_size).to(device)
+
+
+def make_generate(llama: Llama, job: Job, kind: str, dtype: str, device: torch.device) -> Work:
+    """Return a function that continues a context greedily, as `make_work` describes.
+
+    It returns the seconds from the first new token to the last, as llama2.c counts them. So one
+    token more than `job.new_tokens` is generated, and the context's own time does not count.
+    """
+    if kind.startswith("Hugging Face"):
+        theirs = to_hugging_face(llama).to(DTYPES[dtype])  # type: ignore[arg-type]
+        return make_hugging_face_generate(theirs, job, kind, device)
+    idx, new_tokens = make_context(job, llama.config.vocab_size, device), job.new_tokens + 1
+    model = prepare(llama.eval(), kind, dtype)
+
+    def ours() -> float:
+        columns = stream(model, idx, new_tokens, Sampler(temperature=0.0))
+        next(columns)
+        wait(device)
+        start = time.perf_counter()
+        for _ in columns:
+            pass
+        wait(device)
+        return time.perf_counter() - start
+
+    return ours
+
+
+def prepare(llama: Llama, kind: str, dtype: str) -> Llama:
+    """Return the model as `--option generate` prepares it."""
+    return prepare_for_decoding(llama, DTYPES[dtype], quantize=dtype == "int8")
+
+
+def can_compile(device: torch.device) -> bool:
+    """Return whether `prepare` can compile the step of a token."""
+    return False
+
+
+class Clock(BaseStreamer):
+    """Gets the prompt and then each new token of `transformers`, and notes when it came."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        """Note the time."""
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Do nothing."""
+
+
+def make_hugging_face_generate(
+    theirs: LlamaForCausalLM, job: Job, kind: str, device: torch.device
+) -> Work:
+    """Return a function that does what that of `make_generate` does."""
+    theirs.to(device).eval()  # type: ignore[arg-type]
+    idx, new_tokens = make_context(job, theirs.config.vocab_size, device), job.new_tokens + 1
+
+    def generate() -> float:
+        clock = Clock()
+        theirs.generate(  # type: ignore[misc]
+            idx,
+            attention_mask=torch.ones_like(idx),
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
+            use_cache="without cache" not in kind,
+            pad_token_id=3,
+            streamer=clock,
+        )
+        assert len(clock.times) == 1 + new_tokens
+        return clock.times[-1] - clock.times[1]
+
+    return generate
+
+
+# ------------------------------------------------------------------------------ prompt and finetune
 
 
 def attention_mask(tokens: Tensor, lengths: Tensor) -> Tensor:
