@@ -18,6 +18,7 @@ from beyond.decoding import (
     Sampler,
     last_row_mask,
     left_padding_mask,
+    likeliest,
     prepare_for_decoding,
     stream,
 )
@@ -207,6 +208,9 @@ def test_cache_refuses_what_does_not_fit() -> None:
     assert cache.extend(key, key)[0].shape == (1, 2, 3, 8)
     with pytest.raises(ValueError, match="6 positions do not fit a cache of 4"):
         cache.extend(key, key)
+    cache.append(torch.zeros(2, 2, 8))
+    with pytest.raises(ValueError, match="5 positions do not fit a cache of 4"):
+        cache.append(torch.zeros(2, 2, 8))
     large = KVCache(9)
     large.extend(key, key)
     with pytest.raises(ValueError, match="one position at a time, not 2"):
@@ -276,6 +280,29 @@ def test_filters_do_not_change_the_greedy_token() -> None:
 def test_bad_sampler_arguments_are_errors(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sampler(**arguments)
+
+
+@pytest.mark.parametrize("vocab", [320, 128 * 40, 5])
+def test_likeliest_tokens_are_the_sorted_ones(vocab: int) -> None:
+    """Many logits are equal; then the first token is the highest, and any of the others may be."""
+    logits = torch.randint(-40, 40, (6, vocab), generator=seeded(0)) / 8
+    expected, order = logits.sort(dim=1, descending=True, stable=True)
+    assert torch.equal(likeliest(logits, 1), order[:, :1])
+    tokens = likeliest(logits, min(16, vocab))
+    assert torch.equal(logits.gather(1, tokens), expected[:, :16])
+    assert all(len(set(row)) == len(row) for row in tokens.tolist())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("vocab", [320, 128 * 40])
+def test_greedy_tokens_of_bad_logits_are_an_error(vocab: int, bad: float) -> None:
+    logits = torch.zeros(2, vocab)
+    logits[1, 77] = bad
+    if bad < 0:  # a single token may be impossible
+        assert Sampler(0.0)(logits).tolist() == [[0], [0]]
+        logits[1] = bad
+    with pytest.raises(ValueError, match="the logits are infinite or NaN"):
+        Sampler(0.0)(logits)
 
 
 @pytest.mark.parametrize("generators", [None, [torch.Generator()]])

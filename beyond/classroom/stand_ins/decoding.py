@@ -4,7 +4,7 @@ This stands in for the project's own module, which shows answers. It has no key/
 weights, no top-k and no top-p.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,24 @@ def prepare_for_decoding(
 ) -> Llama:
     """Return the model itself, converted to dtype unless its logits have to be exact."""
     return llama if exact_head else llama.to(dtype)
+
+
+def prepare_fastest(
+    llama: Llama,
+    dtype: torch.dtype,
+    quantize: bool,
+    measure: bool,
+    compile_step: bool,
+    note: Callable[[str], None],
+) -> Llama:
+    """Return the model itself, converted to dtype.
+
+    Raises:
+        ValueError: it has to be compiled.
+    """
+    if compile_step:
+        raise ValueError("the starter lacks --compile for --option generate")
+    return llama.to(dtype)
 
 
 @dataclass(frozen=True)

@@ -416,7 +416,7 @@ def test_the_plain_room_for_decoding_gives_what_ours_gives(
     monkeypatch.chdir(tmp_path)
     assert run_llama.main(argv) == 0
     ours = results(tmp_path)
-    for name in ("DecodingLlama", "Sampler", "prepare_for_decoding", "stream"):
+    for name in ("DecodingLlama", "Sampler", "prepare_fastest", "stream"):
         monkeypatch.setattr(generation, name, getattr(decoding, name))
     assert run_llama.main(argv) == 0
     assert results(tmp_path) == ours and ours
