@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from beyond.kernels import DEFAULTS, Choice, Shape, choose_storages, store
+from beyond.kernels import DEFAULTS, MEMORY, Choice, Shape, choose_storages, store
 from beyond.runtime import has_bfloat16
 from config import LlamaConfig
 from llama import Llama, LlamaLayer, check_context, sample_next_token, token_probabilities
@@ -77,7 +77,10 @@ class KVCache:
             raise ValueError(f"after its first use a cache takes one position at a time, not {seq}")
         if start == 0:
             shape = (2, batch, n_kv_heads, self.capacity, head_dim)
-            self.both = torch.empty(shape, dtype=torch.float32, device=key.device)
+            if key.device.type == "cpu":
+                self.both = MEMORY.empty(shape, torch.float32)
+            else:
+                self.both = key.new_empty(shape, dtype=torch.float32)
             self.keys, self.values = self.both
         self.keys[:, :, start:end] = key
         self.values[:, :, start:end] = value

@@ -1,6 +1,7 @@
 """How matrices are stored: what each storage computes, and how the choice is measured and kept."""
 
 import json
+import mmap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from beyond.kernels import (
     DEFAULTS,
     STORAGES,
     BusyCheck,
+    HugePages,
     choose_storages,
     fits,
     pick,
@@ -34,7 +36,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A user's cache folder, and measurements that take no time."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(kernels, "MEASURED_BYTES", 1)
-    monkeypatch.setattr(BusyCheck, "read", lambda: (0.0, 0.0, 0))  # whatever else is running
+    monkeypatch.setattr(BusyCheck, "read", staticmethod(lambda: (0.0, 0.0, 0)))  # not busy
     return tmp_path / "cache/min-llama/kernels.json"
 
 
@@ -53,6 +55,30 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
 def random(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
+
+
+# ----------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("system", ["with huge pages", "without", "not Linux"])
+def test_copies_in_huge_pages_are_tensors_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, system: str
+) -> None:
+    """Of any dtype and size, also larger than a chunk; each begins at a multiple of 64 bytes."""
+    if system == "not Linux":
+        monkeypatch.delattr(mmap, "MADV_HUGEPAGE")
+    if system == "without":
+        monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 10**6)  # not known to the system
+    memory = HugePages()
+    monkeypatch.setattr(memory, "CHUNK", 4096)
+    tensors = [random(7, 3), random(5).bfloat16(), random(40, 50), random(9).char(), random(30, 30)]
+    copies = [memory.copy(x) for x in tensors]
+    copies.append(memory.copy(tensors[2].t()))
+    assert copies[-1].is_contiguous()
+    for x, copy in zip([*tensors, tensors[2].t()], copies, strict=True):
+        assert torch.equal(x, copy) and copy.data_ptr() % 64 == 0
+    copies[0].zero_()
+    assert all(map(torch.equal, tensors[1:], copies[1:]))
 
 
 # --------------------------------------------------------------------------------------- storages
@@ -192,7 +218,7 @@ def test_measurements_on_a_busy_machine_are_not_used(
     is_busy: bool,
 ) -> None:
     readings = iter([(10.0, 5.0, 100), end])
-    monkeypatch.setattr(BusyCheck, "read", lambda: next(readings))
+    monkeypatch.setattr(BusyCheck, "read", staticmethod(lambda: next(readings)))
     notes: list[str] = []
     choice = choose_storages(SHAPES, torch.float32, notes.append)
     assert measured == SHAPES and (choice == {}) == is_busy == (read_results(cache) == {})
