@@ -10,8 +10,12 @@ model differs from `llama.py` in:
 - RMSNorm's gains, and the factor sqrt(dim) that `normalise` leaves out, are multiplied into the
   weights that follow;
 - query and key are rotated together, as complex numbers (RoFormer, arXiv:2104.09864, eq. 13);
-- weights are stored as the fastest matrix-vector product wants them: float32 column by column,
-  bfloat16 row by row, or int8 with a scale for each row.
+- weights are stored as the fastest matrix-vector product of the machine wants them (`kernels.py`),
+  in float32, in bfloat16, or as int8 with a scale for each row; int8 rounds the weights only, the
+  activations are bfloat16;
+- one token of one row is computed in place: the residual is added by the product, and the factor
+  of RMSNorm is a number by which the product is multiplied (`DecodingLayer.step`). Or that step
+  is compiled (`compiled_decoding.py`).
 
 Causal models only: without a mask every new token changes the results at all other positions.
 """
@@ -331,7 +335,7 @@ def normalise(x: Tensor, config: LlamaConfig) -> Tensor:
 
     That is x / sqrt(|x|^2 + dim eps).
     """
-    squares = x.square().sum(dim=-1, keepdim=True)
+    squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()
     return x * torch.rsqrt(squares + config.dim * config.layer_norm_eps)
 
 
