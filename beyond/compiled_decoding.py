@@ -93,7 +93,7 @@ class CompiledStep:
         """Compute the layers for the next position of one row, at h (dim,); returns h."""
         rotation = self.rotations[caches[0].length]
         for matrices, cache in zip(self.layers, caches, strict=True):
-            past = cache.both[:, 0].narrow(2, 0, cache.length)
+            past = cache.row.narrow(2, 0, cache.length)
             torch._dynamo.mark_dynamic(past, 2)
             h, key_value = self.compute_layer(h, rotation, past, matrices, self.config)
             cache.append(key_value)

@@ -86,6 +86,8 @@ class KVCache:
             else:
                 self.both = key.new_empty(shape, dtype=torch.float32)
             self.keys, self.values = self.both
+            self.row = self.both[:, 0]  # the first row, for `append`
+            self.transposed_keys, self.row_values = self.row[0].transpose(1, 2), self.row[1]
         self.keys[:, :, start:end] = key
         self.values[:, :, start:end] = value
         self.length = end
@@ -98,17 +100,19 @@ class KVCache:
             key_value: (2, n_kv_heads, head_dim), the key and the value.
 
         Returns:
-            keys, values: (n_kv_heads, length, head_dim) each.
+            keys: (n_kv_heads, head_dim, length).
+            values: (n_kv_heads, length, head_dim).
 
         Raises:
             ValueError: it does not fit.
         """
         self.check_end(self.length + 1)
-        row = self.both[:, 0]
-        row.select(2, self.length).copy_(key_value)
+        self.row.select(2, self.length).copy_(key_value)
         self.length += 1
-        keys, values = row.narrow(2, 0, self.length)
-        return keys, values
+        return (
+            self.transposed_keys.narrow(2, 0, self.length),
+            self.row_values.narrow(1, 0, self.length),
+        )
 
     def check_end(self, end: int) -> None:
         """Raise ValueError unless `end` positions fit."""
@@ -181,6 +185,10 @@ class Projection:
         # very slow: products with several rows are computed in float32.
         self.is_emulated = dtype == torch.bfloat16 and not has_bfloat16(weight.device)
         self.out = torch.empty(shape[0], dtype=dtype, device=weight.device)
+        # A vector to multiply, in the dtype and with the columns of the stored weights.
+        columns = self.weight.shape[1]
+        self.vector = torch.zeros(1, columns, dtype=dtype, device=weight.device)
+        self.flat = self.vector[0, : shape[1]]
 
     @property
     def weight(self) -> Tensor:
@@ -204,23 +212,50 @@ class Projection:
             return F.linear(x.float(), self.weight.float()).to(x.dtype)
         return self.storage.multiply(x)
 
-    def scaled(self, x: Tensor, scale: float) -> Tensor:
-        """Compute scale W x of one vector x (in,), float32.
-
-        Returns:
-            (out,), in memory that the next call uses again.
-        """
-        if self.dtype != torch.float32:
-            return self((x * scale).to(self.dtype)[None])[0]
-        self.storage.accumulate(self.out, x, scale, 0.0)
-        return self.out
+    def scaled(self, x: Tensor, scale: float, out: Tensor) -> None:
+        """Compute out = scale W x for one vector x (in,); x and out (out,) are float32."""
+        if self.dtype == torch.float32:
+            self.storage.accumulate(out, x, scale, 0.0)
+        else:
+            torch.mul(x, scale, out=self.flat)
+            out.copy_(self.multiply_vector())
 
     def add_to(self, h: Tensor, x: Tensor) -> None:
-        """Add W x to h (out,), float32, in place, for one vector x (in,)."""
-        if self.dtype != torch.float32:
-            h.add_(self(x[None])[0])
-        else:
+        """Add W x to h (out,) in place, for one vector x (in,); both are float32."""
+        if self.dtype == torch.float32:
             self.storage.accumulate(h, x, 1.0, 1.0)
+        else:
+            self.flat.copy_(x)
+            h.add_(self.multiply_vector())
+
+    def multiply_vector(self) -> Tensor:
+        """Multiply `self.vector`; the result (out,) may be overwritten by the next call."""
+        if self.scales is not None:
+            return torch._weight_int8pack_mm(self.vector, self.storage.stored, self.scales).view(-1)
+        self.storage.accumulate(self.out, self.flat, 1.0, 0.0)
+        return self.out
+
+
+class Workspace:
+    """Memory of a step, which all layers use one after the other; all of it is float32.
+
+    Attributes:
+        heads: (n_heads + 2 n_kv_heads) head_dim, query, key and value of the new position.
+        pairs: the query's and the key's pairs of features, as complex numbers, in `heads`.
+        query, key_value: parts of `heads`, by heads.
+        gate_up: (2 hidden_dim,); gate, up: its halves.
+    """
+
+    def __init__(self, config: LlamaConfig) -> None:
+        num_heads = config.n_heads + 2 * config.n_kv_heads
+        self.heads = torch.empty(num_heads * config.head_dim)
+        heads = self.heads.view(num_heads, config.head_dim)
+        rotated = heads[: config.n_heads + config.n_kv_heads]
+        self.pairs = torch.view_as_complex(rotated.unflatten(-1, (-1, 2)))
+        self.query = heads[: config.n_heads].view(config.n_kv_heads, config.n_rep, -1)
+        self.key_value = heads[config.n_heads :].view(2, config.n_kv_heads, -1)
+        self.gate_up = torch.empty(2 * config.hidden_dim)
+        self.gate, self.up = self.gate_up.chunk(2)
 
 
 class DecodingLayer:
@@ -305,29 +340,26 @@ class DecodingLayer:
         attended = attended.transpose(1, 2).reshape(batch * seq, -1).to(self.dtype)
         h = h + self.output(attended)
         gate, up = self.gate_up(normalise(h, config).to(self.dtype)).chunk(2, dim=-1)
-        return h + self.down(F.silu(gate) * up)
+        hidden = F.silu(gate.float()) * up  # float32, to be rounded once
+        return h + self.down(hidden.to(self.dtype))
 
-    def step(self, h: Tensor, rotation: Tensor, cache: KVCache) -> None:
+    def step(self, h: Tensor, rotation: Tensor, cache: KVCache, space: Workspace) -> None:
         """Compute the layer for the next position of one row, in place and in few operations.
 
         Args:
             h: (dim,), float32; its new value replaces it.
             rotation: (1, head_dim / 2), complex, of the position.
             cache: extended by the position's key and value.
+            space: overwritten.
         """
-        config = self.config
-        heads = self.query_key_value.scaled(h, inverse_norm(h, config)).float()
-        pairs = torch.view_as_complex(heads.view(-1, config.head_dim // 2, 2))
-        pairs[: self.num_rotated].mul_(rotation)
-        heads = heads.view(-1, config.head_dim)
-        query = heads[: config.n_heads].view(config.n_kv_heads, config.n_rep, config.head_dim)
-        keys, values = cache.append(heads[config.n_heads :].unflatten(0, (2, -1)))
+        self.query_key_value.scaled(h, inverse_norm(h, self.config), space.heads)
+        space.pairs.mul_(rotation)
+        keys, values = cache.append(space.key_value)
         # One query for each head: two products and a softmax; the general kernel is slower here.
-        weights = torch.bmm(query, keys.transpose(1, 2)).softmax(dim=-1)
-        attended = torch.bmm(weights, values)  # (n_kv_heads, n_rep, head_dim)
-        self.output.add_to(h, attended.view(-1).to(self.dtype))
-        gate, up = self.gate_up.scaled(h, inverse_norm(h, config)).chunk(2)
-        self.down.add_to(h, F.silu(gate, inplace=True).mul_(up))
+        weights = torch.bmm(space.query, keys).softmax(dim=-1)  # (n_kv_heads, n_rep, length)
+        self.output.add_to(h, torch.bmm(weights, values).view(-1))
+        self.gate_up.scaled(h, inverse_norm(h, self.config), space.gate_up)
+        self.down.add_to(h, F.silu(space.gate, inplace=True).mul_(space.up))
 
 
 def normalise(x: Tensor, config: LlamaConfig) -> Tensor:
@@ -460,6 +492,7 @@ class DecodingLlama(Llama):
         projections = [head.projection]
         for layer in self.decoding_layers:
             projections += layer.projections()
+        self.space = Workspace(config)
         self.compiled: CompiledStep | None = None
         self.error = max(projection.error for projection in projections)
         self.eval()
@@ -495,12 +528,14 @@ class DecodingLlama(Llama):
         # The residual stream h stays in float32; bfloat16 sums would lose the most precision here.
         if start and batch == 1 and mask is None and tokens.device.type == "cpu":
             assert caches is not None
-            h = self.embeddings[tokens[0]]  # (1, dim), a copy
+            h = self.embeddings[tokens[0, 0]].clone()  # (dim,)
             if self.compiled and start > 1:  # it is compiled for two positions or more
-                h = self.compiled.compute_hidden(h[0], caches)[None]
+                h = self.compiled.compute_hidden(h, caches)
             else:
+                rotation = rotations[0]
                 for layer, cache in zip(self.decoding_layers, caches, strict=True):
-                    layer.step(h[0], rotations[0], cache)
+                    layer.step(h, rotation, cache, self.space)
+            h = h[None]
         else:
             h = F.embedding(tokens.flatten(), self.embeddings)  # (batch * seq, dim)
             for i, layer in enumerate(self.decoding_layers):
