@@ -153,7 +153,7 @@ def test_results_of_the_compiler_are_kept_in_the_cache_folder(
 def test_generated_code_gives_the_tokens_of_its_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, quantize: bool
 ) -> None:
-    """In float32 also those of the plain loop; the eager step rounds activations in other dtypes."""
+    """In float32 also those of the plain loop; else the eager step rounds activations."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     llama = make_llama(causal=True)
     with monkeypatch.context() as patch:
