@@ -245,7 +245,7 @@ def generate(options: GenerateOptions) -> None:
     """Task 1: continue the prompts at each temperature and write the texts to files."""
     prompts = [read_prompt(prompt) for prompt in options.prompt]
     llama, tokenizer, runtime = load_model(options)
-    llama = prepare_to_generate(llama, runtime, quantize=options.quantize is not None)
+    llama = prepare_to_generate(llama, runtime, options)
     for temperature, outfile in options.outfiles.items():
         print(f"Temperature is {temperature}")
         if runtime.causal or options.exceeds_assignment:

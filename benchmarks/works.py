@@ -7,6 +7,8 @@ each part is taken.
 """
 
 import contextlib
+import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -24,6 +26,7 @@ from benchmarks import llama2c
 from benchmarks.measure import Work, wait
 from beyond.command_line import PROMPT
 from beyond.decoding import Sampler, prepare_for_decoding, stream
+from beyond.fast_decoding import prepare_fastest
 from beyond.formats.load import load_llama
 from beyond.runtime import Runtime
 from classifier import ClassifierConfig, LlamaEmbeddingClassifier, LlamaZeroShotClassifier
@@ -238,13 +241,20 @@ def make_generate(llama: Llama, job: Job, kind: str, dtype: str, device: torch.d
 
 
 def prepare(llama: Llama, kind: str, dtype: str) -> Llama:
-    """Return the model as `--option generate` prepares it."""
-    return prepare_for_decoding(llama, DTYPES[dtype], quantize=dtype == "int8")
+    """Return the model as `--option generate` prepares it, "compiled" as with `--compile`."""
+    return prepare_fastest(
+        llama,
+        DTYPES[dtype],
+        quantize=dtype == "int8",
+        measure=True,
+        compile_step=kind == "compiled",
+        note=lambda text: print(text, file=sys.stderr),
+    )
 
 
 def can_compile(device: torch.device) -> bool:
-    """Return whether `prepare` can compile the step of a token."""
-    return False
+    """Return whether decoding can be compiled: on the CPU, with a C++ compiler."""
+    return device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 class Clock(BaseStreamer):

@@ -10,21 +10,28 @@ model differs from `llama.py` in:
 - RMSNorm's gains, and the factor sqrt(dim) that `normalise` leaves out, are multiplied into the
   weights that follow;
 - query and key are rotated together, as complex numbers (RoFormer, arXiv:2104.09864, eq. 13);
-- weights are stored as the fastest matrix-vector product wants them: float32 column by column,
-  bfloat16 row by row, or int8 with a scale for each row.
+- weights are stored as the fastest matrix-vector product of the machine wants them (`kernels.py`),
+  in float32, in bfloat16, or as int8 with a scale for each row; int8 rounds the weights only, the
+  activations are bfloat16;
+- one token of one row is computed in place: the residual is added by the product, and the factor
+  of RMSNorm is a number by which the product is multiplied (`DecodingLayer.step`). Or that step
+  is compiled (`compiled_decoding.py`).
 
 Causal models only: without a mask every new token changes the results at all other positions.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from functools import partial
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from beyond.kernels import DEFAULTS, MEMORY, Choice, store
 from beyond.runtime import has_bfloat16
+from config import LlamaConfig
 from llama import (
     Llama,
     LlamaLayer,
@@ -39,6 +46,9 @@ from rope import rotary_tables
 class KVCache:
     """Keys and values of one layer for the positions so far, so that none is computed twice.
 
+    They are stored in float32 whatever the model's dtype: PyTorch's kernels for one float32 query
+    are the fastest on every processor, although they read twice as much.
+
     Args:
         capacity: positions that it can hold; the first use allocates memory for all of them.
 
@@ -47,6 +57,7 @@ class KVCache:
         keys, values: (batch, n_kv_heads, capacity, head_dim), from the first use on.
     """
 
+    both: Tensor  # (2, batch, n_kv_heads, capacity, head_dim): keys and values
     keys: Tensor
     values: Tensor
 
@@ -61,7 +72,7 @@ class KVCache:
             key, value: (batch, n_kv_heads, seq, head_dim).
 
         Returns:
-            (batch, n_kv_heads, length, head_dim) each.
+            (batch, n_kv_heads, length, head_dim) each, float32.
 
         Raises:
             ValueError: they do not fit, or more than one position is added to a cache that is not
@@ -69,17 +80,48 @@ class KVCache:
         """
         batch, n_kv_heads, seq, head_dim = key.shape
         start, end = self.length, self.length + seq
-        if end > self.capacity:
-            raise ValueError(f"{end} positions do not fit a cache of {self.capacity}")
+        self.check_end(end)
         if start and seq > 1:
             raise ValueError(f"after its first use a cache takes one position at a time, not {seq}")
         if start == 0:
-            self.keys = key.new_empty(batch, n_kv_heads, self.capacity, head_dim)
-            self.values = torch.empty_like(self.keys)
+            shape = (2, batch, n_kv_heads, self.capacity, head_dim)
+            if key.device.type == "cpu":
+                self.both = MEMORY.empty(shape, torch.float32)
+            else:
+                self.both = key.new_empty(shape, dtype=torch.float32)
+            self.keys, self.values = self.both
+            self.row = self.both[:, 0]  # the first row, for `append`
+            self.transposed_keys, self.row_values = self.row[0].transpose(1, 2), self.row[1]
         self.keys[:, :, start:end] = key
         self.values[:, :, start:end] = value
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def append(self, key_value: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the next position of the first row, in few operations; `extend` was called before.
+
+        Args:
+            key_value: (2, n_kv_heads, head_dim), the key and the value.
+
+        Returns:
+            keys: (n_kv_heads, head_dim, length).
+            values: (n_kv_heads, length, head_dim).
+
+        Raises:
+            ValueError: it does not fit.
+        """
+        self.check_end(self.length + 1)
+        self.row.select(2, self.length).copy_(key_value)
+        self.length += 1
+        return (
+            self.transposed_keys.narrow(2, 0, self.length),
+            self.row_values.narrow(1, 0, self.length),
+        )
+
+    def check_end(self, end: int) -> None:
+        """Raise ValueError unless `end` positions fit."""
+        if end > self.capacity:
+            raise ValueError(f"{end} positions do not fit a cache of {self.capacity}")
 
 
 def left_padding_mask(padding: Tensor, seq: int) -> Tensor:
@@ -115,32 +157,51 @@ class Projection:
         dtype: of inputs, outputs, and, unless quantized, of the stored weights.
         quantize: whether to store int8: each row is divided by 1/127 of its largest magnitude and
             rounded.
+        choice: the storage of each shape; the default for shapes that are not in it.
 
     Attributes:
+        weight: (out, in), as stored; int8 weights have further columns of zeros.
+        scales: (out,), the factor of each int8 row; else None.
         error: largest absolute difference between a weight and its stored value.
     """
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype, quantize: bool) -> None:
+    def __init__(
+        self, weight: Tensor, dtype: torch.dtype, quantize: bool, choice: Choice | None = None
+    ) -> None:
+        self.dtype = dtype
         self.scales: Tensor | None = None
+        shape = (weight.shape[0], weight.shape[1])
         if quantize:
             # The scales are rounded to their stored dtype before the weights are divided by them.
             scales = (weight.abs().amax(dim=1).clamp(min=1e-12) / 127).to(dtype)  # (out,)
             rounded = (weight / scales.float()[:, None]).round().clamp(-127, 127)
-            stored = rounded * scales.float()[:, None]
+            error = rounded * scales.float()[:, None] - weight
             # The kernel reads 16 columns at a time, also beyond the last one.
-            self.padding = -weight.shape[1] % 16
-            self.weight = F.pad(rounded.char(), (0, self.padding))
+            self.padding = -shape[1] % 16
+            self.storage = store("rows", F.pad(rounded.char(), (0, self.padding)))
             self.scales = scales
-        elif dtype == torch.float32:
-            self.weight = weight.t().contiguous().t()  # a column is contiguous
-            stored = weight
         else:
-            self.weight = weight.to(dtype)
-            stored = self.weight.float()
-        self.error = (stored - weight).abs().max().item()
+            default = DEFAULTS[dtype] if weight.device.type == "cpu" else "rows"
+            self.storage = store((choice or {}).get(shape, default), weight.to(dtype))
+            error = self.weight.float() - weight
+        self.error = error.abs().max().item()
         # Without units for bfloat16, reading such weights is fast but matrix products of them are
         # very slow: products with several rows are computed in float32.
         self.is_emulated = dtype == torch.bfloat16 and not has_bfloat16(weight.device)
+        self.out = torch.empty(shape[0], dtype=dtype, device=weight.device)
+        # A vector to multiply, in the dtype and with the columns of the stored weights.
+        columns = self.weight.shape[1]
+        self.vector = torch.zeros(1, columns, dtype=dtype, device=weight.device)
+        self.flat = self.vector[0, : shape[1]]
+
+    @property
+    def weight(self) -> Tensor:
+        return self.storage.matrix
+
+    def store_rows(self) -> None:
+        """Store the weights row by row, if they are stored otherwise."""
+        if not self.weight.is_contiguous():
+            self.storage = store("rows", self.weight)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map x (n, in) to (n, out)."""
@@ -148,31 +209,180 @@ class Projection:
             x = F.pad(x, (0, self.padding)) if self.padding else x
             return torch._weight_int8pack_mm(x, self.weight, self.scales)
         if len(x) == 1:
-            return torch.mv(self.weight, x[0])[None]
+            out = x.new_empty(1, len(self.out))
+            self.storage.accumulate(out[0], x[0], 1.0, 0.0)
+            return out
         if self.is_emulated:
             return F.linear(x.float(), self.weight.float()).to(x.dtype)
-        return F.linear(x, self.weight)
+        return self.storage.multiply(x)
+
+    def scaled(self, x: Tensor, scale: float, out: Tensor) -> None:
+        """Compute out = scale W x for one vector x (in,); x and out (out,) are float32."""
+        if self.dtype == torch.float32:
+            self.storage.accumulate(out, x, scale, 0.0)
+        else:
+            torch.mul(x, scale, out=self.flat)
+            out.copy_(self.multiply_vector())
+
+    def add_to(self, h: Tensor, x: Tensor) -> None:
+        """Add W x to h (out,) in place, for one vector x (in,); both are float32."""
+        if self.dtype == torch.float32:
+            self.storage.accumulate(h, x, 1.0, 1.0)
+        else:
+            self.flat.copy_(x)
+            h.add_(self.multiply_vector())
+
+    def multiply_vector(self) -> Tensor:
+        """Multiply `self.vector`; the result (out,) may be overwritten by the next call."""
+        if self.scales is not None:
+            return torch._weight_int8pack_mm(self.vector, self.storage.stored, self.scales).view(-1)
+        self.storage.accumulate(self.out, self.flat, 1.0, 0.0)
+        return self.out
+
+
+class Workspace:
+    """Memory of a step, which all layers use one after the other; all of it is float32.
+
+    Attributes:
+        heads: (n_heads + 2 n_kv_heads) head_dim, query, key and value of the new position.
+        pairs: the query's and the key's pairs of features, as complex numbers, in `heads`.
+        query, key_value: parts of `heads`, by heads.
+        gate_up: (2 hidden_dim,); gate, up: its halves.
+    """
+
+    def __init__(self, config: LlamaConfig) -> None:
+        num_heads = config.n_heads + 2 * config.n_kv_heads
+        self.heads = torch.empty(num_heads * config.head_dim)
+        heads = self.heads.view(num_heads, config.head_dim)
+        rotated = heads[: config.n_heads + config.n_kv_heads]
+        self.pairs = torch.view_as_complex(rotated.unflatten(-1, (-1, 2)))
+        self.query = heads[: config.n_heads].view(config.n_kv_heads, config.n_rep, -1)
+        self.key_value = heads[config.n_heads :].view(2, config.n_kv_heads, -1)
+        self.gate_up = torch.empty(2 * config.hidden_dim)
+        self.gate, self.up = self.gate_up.chunk(2)
 
 
 class DecodingLayer:
-    """The weights of a `LlamaLayer`, in four matrices instead of seven."""
+    """A `LlamaLayer` with four matrices instead of seven.
 
-    def __init__(self, layer: LlamaLayer, dtype: torch.dtype, quantize: bool) -> None:
+    Args:
+        layer: its weights are taken.
+        config: of the model.
+        dtype, quantize, choice: as in `Projection`.
+    """
+
+    def __init__(
+        self,
+        layer: LlamaLayer,
+        config: LlamaConfig,
+        dtype: torch.dtype,
+        quantize: bool,
+        choice: Choice | None,
+    ) -> None:
+        self.config = config
+        self.dtype = dtype
+        self.num_rotated = config.n_heads + config.n_kv_heads
         attention, feed_forward = layer.attention, layer.feed_forward
-        parts = [attention.compute_query, attention.compute_key, attention.compute_value]
-        sqrt_dim = layer.attention_norm.weight.numel() ** 0.5
-        gain = layer.attention_norm.weight * sqrt_dim
-        self.query_key_value = Projection(
-            torch.cat([part.weight for part in parts]) * gain, dtype, quantize
+        sqrt_dim = config.dim**0.5
+        query_key_value = torch.cat(
+            [
+                attention.compute_query.weight * config.head_dim**-0.5,  # the scale of the scores
+                attention.compute_key.weight,
+                attention.compute_value.weight,
+            ]
         )
-        self.output = Projection(attention.compute_output.weight, dtype, quantize)
         gate_up = torch.cat([feed_forward.w1.weight, feed_forward.w3.weight])
-        self.gate_up = Projection(gate_up * layer.ffn_norm.weight * sqrt_dim, dtype, quantize)
-        self.down = Projection(feed_forward.w2.weight, dtype, quantize)
+        make = partial(Projection, dtype=dtype, quantize=quantize, choice=choice)
+        self.query_key_value = make(query_key_value * layer.attention_norm.weight * sqrt_dim)
+        self.output = make(attention.compute_output.weight)
+        self.gate_up = make(gate_up * layer.ffn_norm.weight * sqrt_dim)
+        self.down = make(feed_forward.w2.weight)
 
     def projections(self) -> list[Projection]:
         """Return the four matrices."""
         return [self.query_key_value, self.output, self.gate_up, self.down]
+
+    def forward(
+        self,
+        h: Tensor,
+        batch: int,
+        rotations: Tensor,
+        cache: KVCache | None,
+        mask: Tensor | None,
+        positions: Tensor | None,
+    ) -> Tensor:
+        """Compute the layer for several positions or rows.
+
+        Args:
+            h: (batch * seq, dim), float32.
+            batch: rows.
+            rotations: (seq, 1, head_dim / 2), complex, of the positions.
+            cache: extended by the positions' keys and values.
+            mask, positions: as in `DecodingLlama.compute_hidden`.
+
+        Returns:
+            As h; with positions, (batch, dim).
+        """
+        config, seq = self.config, len(rotations)
+        heads = self.query_key_value(normalise(h, config).to(self.dtype))
+        heads = heads.view(batch, seq, -1, config.head_dim)
+        pairs = heads[:, :, : self.num_rotated].float().unflatten(-1, (-1, 2))
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * rotations)
+        rotated = rotated.flatten(-2).to(self.dtype).transpose(1, 2)
+        query, key = rotated[:, : config.n_heads], rotated[:, config.n_heads :]
+        value = heads[:, :, self.num_rotated :].transpose(1, 2)
+        if cache:
+            start = cache.length
+            keys, values = cache.extend(key, value)  # (batch, n_kv_heads, positions, head_dim)
+            if start:
+                query, key, value = query.float(), keys, values
+        attended = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            mask,
+            is_causal=mask is None and seq > 1,
+            scale=1.0,
+            enable_gqa=config.n_rep > 1,
+        )
+        attended = select(attended.transpose(1, 2), positions)  # (batch, seq, n_heads, head_dim)
+        h = select(h.view(batch, seq, -1), positions).flatten(0, 1)
+        h = h + self.output(attended.reshape(len(h), -1).to(self.dtype))
+        gate, up = self.gate_up(normalise(h, config).to(self.dtype)).chunk(2, dim=-1)
+        hidden = F.silu(gate.float()) * up  # float32, to be rounded once
+        return h + self.down(hidden.to(self.dtype))
+
+    def step(self, h: Tensor, rotation: Tensor, cache: KVCache, space: Workspace) -> None:
+        """Compute the layer for the next position of one row, in place and in few operations.
+
+        Args:
+            h: (dim,), float32; its new value replaces it.
+            rotation: (1, head_dim / 2), complex, of the position.
+            cache: extended by the position's key and value.
+            space: overwritten.
+        """
+        self.query_key_value.scaled(h, inverse_norm(h, self.config), space.heads)
+        space.pairs.mul_(rotation)
+        keys, values = cache.append(space.key_value)
+        # One query for each head: two products and a softmax; the general kernel is slower here.
+        weights = torch.bmm(space.query, keys).softmax(dim=-1)  # (n_kv_heads, n_rep, length)
+        self.output.add_to(h, torch.bmm(weights, values).view(-1))
+        self.gate_up.scaled(h, inverse_norm(h, self.config), space.gate_up)
+        self.down.add_to(h, F.silu(space.gate, inplace=True).mul_(space.up))
+
+
+def normalise(x: Tensor, config: LlamaConfig) -> Tensor:
+    """Compute RMSNorm of x (n, dim) without its gain, divided by sqrt(dim).
+
+    That is x / sqrt(|x|^2 + dim eps).
+    """
+    squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()
+    return x * torch.rsqrt(squares + config.dim * config.layer_norm_eps)
+
+
+def inverse_norm(x: Tensor, config: LlamaConfig) -> float:
+    """Compute the factor by which `normalise` multiplies one vector x (dim,)."""
+    return (torch.dot(x, x).item() + config.dim * config.layer_norm_eps) ** -0.5
 
 
 class DecodingHead:
@@ -185,16 +395,24 @@ class DecodingHead:
     Args:
         weight: (vocab, dim), float32.
         gain: (dim,), the final RMSNorm's.
-        dtype, quantize: as in `Projection`.
+        dtype, quantize, choice: as in `Projection`.
     """
 
     RESCORED = 16  # tokens whose logits are computed again
 
-    def __init__(self, weight: Tensor, gain: Tensor, dtype: torch.dtype, quantize: bool) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        gain: Tensor,
+        dtype: torch.dtype,
+        quantize: bool,
+        choice: Choice | None,
+    ) -> None:
         self.weight = weight
         self.gain = gain * weight.shape[1] ** 0.5
         self.dtype = dtype
-        self.projection = Projection(weight * self.gain, dtype, quantize)
+        self.projection = Projection(weight * self.gain, dtype, quantize, choice)
+        self.compute_logits: Callable[[Tensor], Tensor] | None = None  # compiled, for one vector
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Compute logits (n, vocab), float32.
@@ -202,12 +420,47 @@ class DecodingHead:
         Args:
             hidden: (n, dim), float32, each with Euclidean norm 1.
         """
-        logits = self.projection(hidden.to(self.dtype)).float()
+        if self.compute_logits and len(hidden) == 1:
+            logits = self.compute_logits(hidden[0])[None]
+        else:
+            logits = self.projection(hidden.to(self.dtype)).float()
         if self.dtype == torch.float32:
             return logits
-        likeliest = logits.topk(min(self.RESCORED, logits.shape[1])).indices  # (n, RESCORED)
-        exact = self.weight[likeliest] @ (hidden * self.gain)[:, :, None]
-        return logits.scatter(1, likeliest, exact[:, :, 0])
+        tokens = likeliest(logits, min(self.RESCORED, logits.shape[1]))  # (n, RESCORED)
+        exact = self.weight[tokens] @ (hidden * self.gain)[:, :, None]
+        return logits.scatter_(1, tokens, exact[:, :, 0])
+
+
+BLOCK = 128  # tokens
+
+
+def likeliest(logits: Tensor, count: int) -> Tensor:
+    """Return the tokens with the highest logits of each row (n, vocab): (n, count), highest first.
+
+    The maximum of each block of tokens is a vectorised operation and `topk` is not, so only the
+    blocks with the highest maxima are searched. With equal logits, the first token is the highest
+    one.
+    """
+    blocks = logits.shape[1] // BLOCK
+    if logits.shape[1] % BLOCK or blocks <= count:
+        return logits.argmax(1, keepdim=True) if count == 1 else logits.topk(count).indices
+    parts = logits.view(-1, blocks, BLOCK)
+    if count == 1:
+        block = parts.amax(dim=2).argmax(dim=1, keepdim=True)  # (n, 1)
+    else:
+        block = parts.amax(dim=2).topk(count).indices  # (n, count)
+    tokens = block[:, :, None] * BLOCK + torch.arange(BLOCK, device=block.device)
+    tokens = tokens.flatten(1)  # (n, count * BLOCK)
+    found = logits.gather(1, tokens)
+    best = found.argmax(1, keepdim=True) if count == 1 else found.topk(count).indices
+    return tokens.gather(1, best)
+
+
+class CompiledStep(Protocol):
+    """The step of one token, compiled; see `compiled_decoding.py`."""
+
+    def compute_hidden(self, h: Tensor, caches: Sequence[KVCache]) -> Tensor:
+        """Compute the layers for the next position of one row, at h (dim,); returns h."""
 
 
 class DecodingLlama(Llama):
@@ -218,14 +471,21 @@ class DecodingLlama(Llama):
         dtype: float32 or bfloat16.
         quantize: whether to store the matrices as int8, on the CPU.
         exact_head: whether logits are computed in float32 whatever the dtype, at some cost.
+        choice: as in `Projection`.
 
     Attributes:
         error: largest absolute error of a stored weight.
+        compiled: the compiled step of one token (see `compiled_decoding.py`), or None.
     """
 
     @torch.no_grad()
     def __init__(
-        self, llama: Llama, dtype: torch.dtype, quantize: bool = False, exact_head: bool = False
+        self,
+        llama: Llama,
+        dtype: torch.dtype,
+        quantize: bool = False,
+        exact_head: bool = False,
+        choice: Choice | None = None,
     ) -> None:
         nn.Module.__init__(self)  # not Llama's, which would make the parts of a `Llama`
         config = llama.config
@@ -234,19 +494,22 @@ class DecodingLlama(Llama):
         self.embeddings = llama.tok_embeddings.weight.detach()
         output = llama.output.weight.detach()  # the same matrix, if the model ties them
         layers = cast(list[LlamaLayer], list(llama.layers))
-        self.decoding_layers = [DecodingLayer(layer, dtype, quantize) for layer in layers]
+        self.decoding_layers = [
+            DecodingLayer(layer, config, dtype, quantize, choice) for layer in layers
+        ]
         gain = llama.norm.weight.detach()
         head_dtype = torch.float32 if exact_head else dtype
-        head = DecodingHead(output, gain, head_dtype, quantize and not exact_head)
+        head = DecodingHead(output, gain, head_dtype, quantize and not exact_head, choice)
         self.output = head  # type: ignore[assignment]
         cos, sin = rotary_tables(
             config.head_dim, config.max_seq_len, config.rope_theta, self.embeddings.device
         )
-        self.eps_root = torch.tensor((config.dim * config.layer_norm_eps) ** 0.5, device=cos.device)
         self.rotations = torch.complex(cos, sin)  # (max_seq_len, 1, head_dim / 2)
         projections = [head.projection]
         for layer in self.decoding_layers:
             projections += layer.projections()
+        self.space = Workspace(config)
+        self.compiled: CompiledStep | None = None
         self.error = max(projection.error for projection in projections)
         self.eval()
 
@@ -281,35 +544,30 @@ class DecodingLlama(Llama):
                 f"max_seq_len={config.max_seq_len}"
             )
         rotations = self.rotations[start : start + seq]  # (seq, 1, head_dim / 2)
-        num_rotated = config.n_heads + config.n_kv_heads
-        is_causal = mask is None and seq > 1
         # The residual stream h stays in float32; bfloat16 sums would lose the most precision here.
-        h = F.embedding(tokens.flatten(), self.embeddings)  # (batch * seq, dim)
-        for i, layer in enumerate(self.decoding_layers):
-            heads = layer.query_key_value(self.normalise(h).to(self.dtype))
-            heads = heads.view(batch, seq, -1, config.head_dim)
-            pairs = heads[:, :, :num_rotated].float().view(batch, seq, num_rotated, -1, 2)
-            rotated = torch.view_as_real(torch.view_as_complex(pairs) * rotations)
-            rotated = rotated.view(batch, seq, num_rotated, -1).to(self.dtype).transpose(1, 2)
-            query, key = rotated[:, : config.n_heads], rotated[:, config.n_heads :]
-            value = heads[:, :, num_rotated:].transpose(1, 2)  # (batch, n_kv_heads, seq, head_dim)
-            if caches:
-                key, value = caches[i].extend(key, value)
-            attended = F.scaled_dot_product_attention(
-                query, key, value, mask, is_causal=is_causal, enable_gqa=config.n_rep > 1
-            )
-            attended = attended.transpose(1, 2)  # (batch, seq, n_heads, head_dim)
-            if positions is not None and layer is self.decoding_layers[-1]:
-                attended = select(attended, positions)
-                h = select(h.view(batch, seq, -1), positions).flatten(0, 1)  # (batch, dim)
-            h = h + layer.output(attended.reshape(len(h), -1))
-            gate, up = layer.gate_up(self.normalise(h).to(self.dtype)).chunk(2, dim=-1)
-            h = h + layer.down(F.silu(gate) * up)
-        return self.normalise(h).view(batch, -1, config.dim)
+        if start and batch == 1 and mask is None and tokens.device.type == "cpu":
+            assert caches is not None
+            h = self.embeddings[tokens[0, 0]].clone()  # (dim,)
+            if self.compiled and start > 1:  # it is compiled for two positions or more
+                h = self.compiled.compute_hidden(h, caches)
+            else:
+                rotation = rotations[0]
+                for layer, cache in zip(self.decoding_layers, caches, strict=True):
+                    layer.step(h, rotation, cache, self.space)
+            h = h[None]
+        else:
+            h = F.embedding(tokens.flatten(), self.embeddings)  # (batch * seq, dim)
+            for i, layer in enumerate(self.decoding_layers):
+                is_last = layer is self.decoding_layers[-1]
+                read = positions if is_last else None
+                h = layer.forward(h, batch, rotations, caches[i] if caches else None, mask, read)
+        return normalise(h, config).view(batch, -1, config.dim)
 
     def new_caches(self, length: int) -> list[KVCache]:
         """Make a cache for each layer, for `length` positions or as many as the model takes."""
-        capacity = min(length, self.config.max_seq_len)
+        capacity = self.config.max_seq_len
+        if not self.compiled:  # which is compiled for caches of one capacity
+            capacity = min(length, capacity)
         return [KVCache(capacity) for _ in self.decoding_layers]
 
     def compute_window(
@@ -347,19 +605,13 @@ class DecodingLlama(Llama):
         sampler = Sampler(temperature, generators=generator)
         return torch.cat((idx, *stream(self, idx, max_new_tokens, sampler)), dim=1)
 
-    def normalise(self, x: Tensor) -> Tensor:
-        """Compute RMSNorm of x (n, dim) without its gain, divided by sqrt(dim).
-
-        That is x / sqrt(|x|^2 + dim eps).
-        """
-        return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.eps_root)
-
 
 def prepare_for_decoding(
     llama: Llama,
     dtype: torch.dtype = torch.float32,
     quantize: bool = False,
     exact_head: bool = False,
+    choice: Choice | None = None,
 ) -> Llama:
     """Return a `DecodingLlama` if `llama` is causal, else `llama` itself, converted to dtype.
 
@@ -369,6 +621,7 @@ def prepare_for_decoding(
         quantize: whether to store the matrices as int8.
         exact_head: whether logits are computed in float32 even when the dtype is bfloat16; needed
             when logits other than the highest are compared.
+        choice: how to store the matrices (see `kernels.py`); None: in the default way.
 
     Raises:
         ValueError: the model cannot be quantized: it is not causal, or not on the CPU.
@@ -377,7 +630,7 @@ def prepare_for_decoding(
         raise ValueError("--quantize int8: only for a causal model (--causal), on the CPU")
     if not llama.config.causal:
         return llama.to(dtype)
-    return DecodingLlama(llama, torch.bfloat16 if quantize else dtype, quantize, exact_head)
+    return DecodingLlama(llama, torch.bfloat16 if quantize else dtype, quantize, exact_head, choice)
 
 
 # ------------------------------------------------------------------------------------- generation
@@ -415,7 +668,7 @@ class Sampler:
 
     def __call__(self, logits: Tensor) -> Tensor:
         if self.temperature == 0:
-            return sample_next_token(logits, 0.0)
+            return greedy_token(logits)
         probabilities = token_probabilities(logits, self.temperature)  # (batch, vocab)
         if self.top_k or self.top_p < 1:
             probabilities = self.filter(probabilities)
@@ -434,6 +687,14 @@ class Sampler:
         before = sorted_probs.cumsum(dim=-1) - sorted_probs
         sorted_probs[before >= self.top_p] = 0
         return torch.zeros_like(sorted_probs).scatter_(-1, sorted_ids, sorted_probs)
+
+
+def greedy_token(logits: Tensor) -> Tensor:
+    """Return what `sample_next_token` does at temperature 0, several times faster."""
+    tokens = likeliest(logits, 1)
+    if not logits.gather(1, tokens).isfinite().all():  # argmax takes NaN for the highest
+        return sample_next_token(logits, 0.0)  # which raises the error
+    return tokens
 
 
 @torch.no_grad()  # not inference_mode, whose tokens could not be used in training

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from beyond.decoding import DecodingLlama, Sampler, prepare_for_decoding, stream
+from beyond.decoding import DecodingLlama, Sampler, stream
+from beyond.fast_decoding import prepare_fastest
 from beyond.options import GenerateOptions
 from beyond.runtime import Runtime, allow_tf32
 from llama import Llama
@@ -40,10 +41,18 @@ def read_prompt(prompt: str) -> str:
     return text
 
 
-def prepare_to_generate(llama: Llama, runtime: Runtime, quantize: bool) -> Llama:
+def prepare_to_generate(llama: Llama, runtime: Runtime, options: GenerateOptions) -> Llama:
     """Move a model to its device and prepare it for decoding."""
     allow_tf32(runtime)
-    model = prepare_for_decoding(llama.to(runtime.device), runtime.dtype, quantize)
+    quantize = options.quantize is not None
+    model = prepare_fastest(
+        llama.to(runtime.device),
+        runtime.dtype,
+        quantize,
+        measure=not options.deterministic,
+        compile_step=options.compile,
+        note=print,
+    )
     if quantize and isinstance(model, DecodingLlama):
         print(f"int8 weights: the largest error of a weight is {model.error:.2g}")
     return model

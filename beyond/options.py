@@ -159,6 +159,11 @@ class ModelOptions(TaskOptions):
         recorded=False,  # the mode in force is recorded, see runtime.py
         action=argparse.BooleanOptionalAction,
     )
+    deterministic: bool = switch(
+        "use deterministic operations only: runs on the same machine give the same numbers, on "
+        "CUDA too, where it takes longer; for generate also without measured kernels"
+    )
+    compile: bool = switch("compile the model's layers: starts slowly, then runs faster")
 
     @property
     def checkpoint(self) -> str | None:
@@ -241,11 +246,6 @@ class DataOptions(ModelOptions):
     dataset: str = flag(
         "sets the data files and the names of all results", choices=("sst", "cfimdb", "demo")
     )
-    deterministic: bool = switch(
-        "use deterministic operations only: runs on the same machine give the same numbers, on "
-        "CUDA too, where it takes longer"
-    )
-    compile: bool = switch("compile the model's layers: starts slowly, then runs faster")
 
 
 @dataclass(frozen=True, kw_only=True)

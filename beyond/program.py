@@ -10,7 +10,7 @@ import torch
 
 from beyond.command_line import check_files, say
 from beyond.interrupts import Interrupted, signals_raise
-from beyond.options import DataOptions, FinetuneOptions, Options, TrainingOptions
+from beyond.options import FinetuneOptions, ModelOptions, Options, TrainingOptions
 from beyond.processes import end_processes, is_lost_process, is_main_process, start_processes
 from beyond.reports import print_next_commands
 from beyond.runtime import is_compiler_error, is_out_of_memory, require_determinism, resolve_device
@@ -73,7 +73,7 @@ def started(options: Options) -> Iterator[None]:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     start_processes(options.use_gpu)
-    if isinstance(options, DataOptions) and options.deterministic:
+    if isinstance(options, ModelOptions) and options.deterministic:
         require_determinism()
     with lock_results(options.results if is_main_process() else (), note):
         if is_main_process():

@@ -23,7 +23,13 @@ README = ROOT / "beyond" / "classroom" / "starter.md"
 # Modules from which all others are found by their imports.
 SCRIPTS = ("run_llama", "rope_test", "optimizer_test", "sanity_check")
 # Rooms that show answers, or how answers are judged.
-CLOSED = ("beyond.decoding", "beyond.formats", "beyond.methods", "beyond.classroom")
+CLOSED = (
+    "beyond.decoding",
+    "beyond.fast_decoding",
+    "beyond.formats",
+    "beyond.methods",
+    "beyond.classroom",
+)
 OTHER_FILES = (".gitignore", ".python-version", "LICENSE", "data/download.py", "output/.gitkeep")
 FOLDERS = ("data/demo",)
 LEFT_OUT_OF_PYPROJECT = ("[dependency-groups]", "[tool.mypy", "[tool.pytest")

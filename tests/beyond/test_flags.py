@@ -272,7 +272,7 @@ def test_batch_size_of_generate(workplace: Path, monkeypatch: pytest.MonkeyPatch
     assert sizes == [2, 2, 1]
 
 
-@pytest.mark.parametrize("task", ["prompt", "finetune", "pretrain"])
+@pytest.mark.parametrize("task", ["generate", "prompt", "finetune", "pretrain"])
 def test_deterministic(workplace: Path, monkeypatch: pytest.MonkeyPatch, task: str) -> None:
     calls: list[bool] = []
     monkeypatch.setattr(torch, "use_deterministic_algorithms", calls.append)
@@ -280,7 +280,7 @@ def test_deterministic(workplace: Path, monkeypatch: pytest.MonkeyPatch, task: s
     assert main([*BASE[task], "--deterministic"]) == 0 and calls == [True]
 
 
-@pytest.mark.parametrize("task", ["prompt", "finetune", "pretrain"])
+@pytest.mark.parametrize("task", ["generate", "prompt", "finetune", "pretrain"])
 def test_compile(workplace: Path, monkeypatch: pytest.MonkeyPatch, task: str) -> None:
     """The compiled function is the one that computes."""
     used: list[str] = []
@@ -293,8 +293,9 @@ def test_compile(workplace: Path, monkeypatch: pytest.MonkeyPatch, task: str) ->
         return compiled
 
     monkeypatch.setattr(torch, "compile", compile_model)
-    assert main(BASE[task]) == 0 and not used
-    assert main([*BASE[task], "--compile"]) == 0 and used
+    argv = [*BASE[task], "--causal"]
+    assert main(argv) == 0 and not used
+    assert main([*argv, "--compile"]) == 0 and used
 
 
 @pytest.mark.parametrize(("task", "size"), [("finetune", 3), ("pretrain", 2)])

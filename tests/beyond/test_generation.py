@@ -272,7 +272,7 @@ def test_other_dtypes_generate(
         (["--prompt", "-"], "--prompt -: standard input is empty"),
         (["--quantize", "int8"], "--quantize int8: only for a causal model"),
         (["--quantize", "int2"], "--quantize: invalid choice: 'int2'"),
-        (["--compile"], "--compile is for --option prompt, finetune, pretrain only"),
+        (["--compile"], "--compile: only for a causal model (--causal), on the CPU"),
         (["--quantize", "int8", "--dtype", "float32"], "--quantize int8 computes in bfloat16"),
         (["--option", "prompt", "--stream"], "--stream is for --option generate only"),
         (["--option", "finetune", "--top_k", "3"], "--top_k is for --option generate only"),

@@ -140,7 +140,7 @@ def test_the_tasks_have_the_flags_that_they_use() -> None:
         "train": ("prompt", "finetune", "pretrain"),  # prompt: the assignment's command names it
         "test": ("prompt", "finetune"),
         "max_new_tokens": ("generate",),
-        "compile": ("prompt", "finetune", "pretrain"),
+        "compile": TASK_NAMES[:-1],
         "seed": TASK_NAMES[:-1],  # classify draws no random numbers
         "causal": TASK_NAMES[:-1],  # classify: as the classifier was fine-tuned
         "dtype": TASK_NAMES,

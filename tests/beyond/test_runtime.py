@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import run_llama
 from base_llama import load_safely
 from beyond import generation, pretraining, runtime
-from beyond.options import ModelOptions
+from beyond.options import GenerateOptions, ModelOptions
 from beyond.runtime import (
     Runtime,
     allow_tf32,
@@ -233,7 +233,9 @@ def test_only_a_causal_model_on_cuda_may_use_tf32(
     model = prepare_model(Unmoved(), chosen, compile_layers=False)
     assert model.device == device and precisions == expected * 2
     monkeypatch.setattr(Llama, "to", lambda self, *_: self)
-    generation.prepare_to_generate(make_llama(causal), chosen, quantize=False)
+    options = get_args([])
+    assert isinstance(options, GenerateOptions)
+    generation.prepare_to_generate(make_llama(causal), chosen, options)
     assert precisions == expected * 3
 
 

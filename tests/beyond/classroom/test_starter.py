@@ -23,7 +23,7 @@ from beyond.classroom.__main__ import main
 from beyond.classroom.cutting import leave_to_student, replace_once, take_out, turn_off
 from beyond.classroom.part import examine
 from beyond.classroom.parts import PARTS
-from beyond.classroom.stand_ins import decoding
+from beyond.classroom.stand_ins import decoding, fast_decoding
 from beyond.classroom.stand_ins.methods.options import LACKS
 from beyond.classroom.student import Student
 from beyond.classroom.todos import ANSWERS_IN_CHECKS, EDITS, TODOS, Todo
@@ -418,8 +418,9 @@ def test_the_plain_room_for_decoding_gives_what_ours_gives(
     monkeypatch.chdir(tmp_path)
     assert run_llama.main(argv) == 0
     ours = results(tmp_path)
-    for name in ("DecodingLlama", "Sampler", "prepare_for_decoding", "stream"):
+    for name in ("DecodingLlama", "Sampler", "stream"):
         monkeypatch.setattr(generation, name, getattr(decoding, name))
+    monkeypatch.setattr(generation, "prepare_fastest", fast_decoding.prepare_fastest)
     assert run_llama.main(argv) == 0
     assert results(tmp_path) == ours and ours
 

@@ -1,0 +1,58 @@
+"""Decoding as fast as this machine can: chosen kernels, and the step of one token compiled.
+
+`decoding.py` computes the same without looking at the machine.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from beyond.compiled_decoding import compile_for_decoding
+from beyond.decoding import DecodingLlama, prepare_for_decoding
+from beyond.kernels import Shape, choose_storages
+from config import LlamaConfig
+from llama import Llama
+
+LARGE = 8_000_000  # weights; a smaller model stays in the processor's cache
+
+
+def prepare_fastest(
+    llama: Llama,
+    dtype: torch.dtype,
+    quantize: bool,
+    measure: bool,
+    compile_step: bool,
+    note: Callable[[str], None],
+) -> Llama:
+    """Do what `prepare_for_decoding` does, and choose what is fastest on this machine.
+
+    Args:
+        llama, dtype, quantize: as in `prepare_for_decoding`.
+        measure: whether measurements choose how the matrices of a large model are stored on the
+            CPU; else the defaults do.
+        compile_step: whether to compile the step of one token.
+        note: called with a line for each choice.
+
+    Raises:
+        ValueError: the model cannot be quantized or compiled: it is not causal, or not on the CPU.
+    """
+    config, on_cpu = llama.config, llama.output.weight.device.type == "cpu"
+    if compile_step and not (config.causal and on_cpu):
+        raise ValueError("--compile: only for a causal model (--causal), on the CPU")
+    shapes = matrix_shapes(config)
+    choice = None
+    if measure and config.causal and on_cpu and not quantize:
+        if sum(out * size for out, size in shapes) >= LARGE:
+            choice = choose_storages(shapes, dtype, note)
+    model = prepare_for_decoding(llama, dtype, quantize, choice=choice)
+    if compile_step and isinstance(model, DecodingLlama):
+        compile_for_decoding(model, note)
+    return model
+
+
+def matrix_shapes(config: LlamaConfig) -> list[Shape]:
+    """Return (out, in) of each matrix of a `DecodingLlama`."""
+    dim, hidden_dim = config.dim, config.hidden_dim
+    num_heads = config.n_heads + 2 * config.n_kv_heads
+    layer = [(num_heads * config.head_dim, dim), (dim, dim), (2 * hidden_dim, dim)]
+    return [*[*layer, (dim, hidden_dim)] * config.n_layers, (config.vocab_size, dim)]

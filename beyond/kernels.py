@@ -1,0 +1,381 @@
+"""How a weight matrix is stored, and which of PyTorch's kernels multiplies it with one vector.
+
+Decoding a token reads every weight once, so that kernel is the best which reads memory fastest.
+Which one that is differs from processor to processor, and between shapes: the rates differ by a
+factor of three. `choose_storages` measures the kernels once for a processor, a PyTorch version, a
+number of threads, a shape and a dtype, and keeps the results in the user's cache folder. Kernels
+add up products in different orders, so their results differ in the last bits; a choice that is
+kept makes two equal runs equal in every bit. Without measurements `DEFAULTS` decides.
+"""
+
+import contextlib
+import json
+import math
+import mmap
+import os
+import platform
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from utils import open_atomically
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None  # type: ignore[assignment]
+
+Shape = tuple[int, int]  # (out, in) of a weight matrix
+
+
+# --------------------------------------------------------------------------------------- memory
+
+
+class HugePages:
+    """Memory in pages of 2 MiB instead of 4 KiB, where the system has them (Linux).
+
+    Reading a large matrix needs the address of each of its pages. With 4 KiB pages, looking them up
+    takes as long as reading: the same kernel reads twice as fast from huge pages.
+    """
+
+    PAGE = 2 * 2**20
+    CHUNK = 32 * PAGE
+
+    def __init__(self) -> None:
+        self.rest = torch.empty(0, dtype=torch.uint8)  # what is left of the last chunk
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return a tensor on the CPU, with values that are not set."""
+        size = math.prod(shape) * dtype.itemsize
+        if not hasattr(mmap, "MADV_HUGEPAGE"):
+            return torch.empty(shape, dtype=dtype)
+        if size > len(self.rest):
+            self.rest = self.new_chunk(max(size, self.CHUNK))
+        taken, self.rest = self.rest[:size], self.rest[-(-size // 64) * 64 :]
+        return taken.view(dtype).view(shape)
+
+    def copy(self, x: Tensor) -> Tensor:
+        """Return a contiguous copy of a tensor; on a GPU `x` itself, made contiguous."""
+        if x.device.type != "cpu":
+            return x.contiguous()
+        return self.empty(tuple(x.shape), x.dtype).copy_(x)
+
+    def new_chunk(self, size: int) -> Tensor:
+        """Map memory, which is freed when no tensor uses it; returns (size,), uint8."""
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        chunk = mmap.mmap(-1, size + self.PAGE, flags=flags)
+        with contextlib.suppress(OSError):  # a system that was built without huge pages
+            chunk.madvise(mmap.MADV_HUGEPAGE)
+        memory = torch.frombuffer(chunk, dtype=torch.uint8)
+        start = -memory.data_ptr() % self.PAGE  # a huge page begins at a multiple of its size
+        return memory[start : start + size]
+
+
+MEMORY = HugePages()
+
+
+# ----------------------------------------------------------------------------------- the storages
+
+
+class Storage(ABC):
+    """A matrix W (out, in), stored for one kernel.
+
+    Attributes:
+        stored: the elements of W, in the storage's own layout.
+    """
+
+    stored: Tensor
+
+    @property
+    @abstractmethod
+    def matrix(self) -> Tensor:
+        """W, (out, in); not contiguous in every storage."""
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Compute x W^T of several vectors x (n, in): (n, out)."""
+        return F.linear(x, self.matrix)
+
+    @abstractmethod
+    def accumulate(self, out: Tensor, x: Tensor, alpha: float, beta: float) -> None:
+        """Compute out = beta out + alpha W x in place, for vectors out (out,) and x (in,).
+
+        With beta = 0 the old values of `out` do not matter, even if they are NaN.
+        """
+
+
+class Rows(Storage):
+    """A row is contiguous; the kernel is BLAS's gemv."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.stored = MEMORY.copy(weight)
+
+    @property
+    def matrix(self) -> Tensor:
+        return self.stored
+
+    def accumulate(self, out: Tensor, x: Tensor, alpha: float, beta: float) -> None:
+        out.addmv_(self.stored, x, alpha=alpha, beta=beta)
+
+
+class Columns(Rows):
+    """A column is contiguous; the kernel is BLAS's transposed gemv."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.stored = MEMORY.copy(weight.t()).t()
+
+
+class RowBlocks(Storage):
+    """Equal blocks of rows; the kernel is BLAS's batched product, a block for each batch entry."""
+
+    def __init__(self, weight: Tensor, blocks: int) -> None:
+        self.stored = MEMORY.copy(weight).view(blocks, len(weight) // blocks, -1)
+
+    @property
+    def matrix(self) -> Tensor:
+        return self.stored.flatten(0, 1)
+
+    def accumulate(self, out: Tensor, x: Tensor, alpha: float, beta: float) -> None:
+        blocks, rows, size = self.stored.shape
+        vectors = x.as_strided((blocks, size, 1), (0, 1, 1))  # the same vector for every block
+        out.view(blocks, rows, 1).baddbmm_(self.stored, vectors, alpha=alpha, beta=beta)
+
+
+class ColumnBlocks(Storage):
+    """Equal blocks of rows, each stored column by column; the kernel is the batched product."""
+
+    def __init__(self, weight: Tensor, blocks: int) -> None:
+        rows = weight.contiguous().view(blocks, len(weight) // blocks, -1)
+        self.stored = MEMORY.copy(rows.transpose(1, 2))  # (blocks, in, out / blocks)
+
+    @property
+    def matrix(self) -> Tensor:
+        return self.stored.transpose(1, 2).flatten(0, 1)  # a copy
+
+    def multiply(self, x: Tensor) -> Tensor:
+        products = torch.matmul(x, self.stored)  # (blocks, n, out / blocks)
+        return products.transpose(0, 1).reshape(len(x), -1)
+
+    def accumulate(self, out: Tensor, x: Tensor, alpha: float, beta: float) -> None:
+        blocks, size, rows = self.stored.shape
+        vectors = x.expand(blocks, 1, size)
+        out.view(blocks, 1, rows).baddbmm_(vectors, self.stored, alpha=alpha, beta=beta)
+
+
+# The storages by name; a block storage is for shapes whose `out` is a multiple of the blocks.
+STORAGES = (
+    "rows",
+    "columns",
+    "2 row blocks",
+    "8 row blocks",
+    "8 column blocks",
+    "32 column blocks",
+)
+BLOCKS: dict[str, Callable[[Tensor, int], Storage]] = {
+    "row blocks": RowBlocks,
+    "column blocks": ColumnBlocks,
+}
+
+
+def fits(name: str, shape: Shape) -> bool:
+    """Return whether a storage can hold a matrix of this shape."""
+    number, _, kind = name.partition(" ")
+    return not kind or shape[0] % int(number) == 0
+
+
+def store(name: str, weight: Tensor) -> Storage:
+    """Store a matrix in the named way; row by row if its shape does not fit."""
+    number, _, kind = name.partition(" ")
+    if kind and fits(name, (weight.shape[0], weight.shape[1])):
+        return BLOCKS[kind](weight, int(number))
+    return Columns(weight) if name == "columns" else Rows(weight)
+
+
+# ------------------------------------------------------------------------------------- the choice
+
+# Without measurements, by dtype: fast enough on every processor that was tried.
+DEFAULTS = {torch.float32: "columns", torch.bfloat16: "rows"}
+Choice = Mapping[Shape, str]  # the storage of each shape; of a shape that is missing: the default
+
+
+def choose_storages(
+    shapes: Iterable[Shape], dtype: torch.dtype, note: Callable[[str], None]
+) -> Choice:
+    """Return the fastest storage of each shape on this machine, measuring what was not measured.
+
+    Args:
+        shapes: (out, in) of the matrices.
+        dtype: of their weights.
+        note: called with one line that says where the choice comes from.
+
+    Returns:
+        The choice. It is empty, so that the defaults hold, if it could not be kept for the next
+        run, which would then have to measure again and might choose differently, or if other
+        programs disturb the measurements.
+    """
+    try:
+        path = results_file()
+        shapes = sorted(set(shapes))
+        measured = read_results(path)
+        own = {shape: measured.get(result_key(shape, dtype), {}) for shape in shapes}
+        missing = [shape for shape, rates in own.items() if not rates]
+        source = f"kept in {path}"
+        if missing:
+            write_results(path, {})  # before the work, in case this is not possible
+            with BusyCheck() as check:
+                own |= {shape: measure(shape, dtype) for shape in missing}
+            if check.is_busy:
+                note("kernels: the defaults, since other programs use this machine")
+                return {}
+            source = f"measured in {check.seconds:.1f} s and {source}"
+            write_results(path, {result_key(shape, dtype): own[shape] for shape in missing})
+    except (OSError, RuntimeError) as error:  # no home folder is a RuntimeError
+        note(f"kernels: the defaults, since measurements cannot be kept: {error}")
+        return {}
+    choice = {shape: pick(rates, DEFAULTS[dtype]) for shape, rates in own.items()}
+    parts = (
+        f"{shape[0]}x{shape[1]} {name} {own[shape].get(name, 0):.0f} GB/s"
+        for shape, name in choice.items()
+    )
+    note(f"kernels: {', '.join(parts)}; {source}")
+    return choice
+
+
+class BusyCheck:
+    """Finds out whether this process had to share its processors during a `with` block.
+
+    Measurements would then say more about the other programs than about the kernels.
+
+    Attributes:
+        seconds: that the block took.
+        is_busy: whether this process was interrupted often, or waited for a processor.
+    """
+
+    INTERRUPTIONS = 50  # per second; without other programs there are a few
+
+    def __enter__(self) -> "BusyCheck":
+        self.start = self.read()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        wall, cpu, switches = (
+            end - start for end, start in zip(self.read(), self.start, strict=True)
+        )
+        self.seconds = wall
+        self.is_busy = cpu < 0.9 * wall or switches > max(5, self.INTERRUPTIONS * wall)
+
+    @staticmethod
+    def read() -> tuple[float, float, int]:
+        """Return the time, this thread's CPU time, and how often the process was interrupted."""
+        switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw if resource else 0
+        return time.perf_counter(), time.thread_time(), switches
+
+
+MARGIN = 1.1  # a storage must be this much faster than the default to replace it
+
+
+def pick(rates: Mapping[str, float], default: str) -> str:
+    """Return the storage with the highest rate; the default unless another is clearly faster."""
+    best = max(rates, key=lambda name: rates[name])
+    return best if rates[best] > MARGIN * rates.get(default, 0.0) else default
+
+
+MEASURED_BYTES = 96 * 2**20  # read per round: more than fits into a processor's cache
+ROUNDS = 5
+
+
+def measure(shape: Shape, dtype: torch.dtype) -> dict[str, float]:
+    """Measure all storages that fit a shape; returns GB/s by name, from the best of five rounds."""
+    size = shape[0] * shape[1] * dtype.itemsize
+    copies = max(2, math.ceil(MEASURED_BYTES / size))
+    weight = torch.full(shape, 0.01, dtype=dtype)
+    x, out = torch.full(shape[1:], 0.01, dtype=dtype), torch.zeros(shape[:1], dtype=dtype)
+    rates = {}
+    for name in filter(lambda name: fits(name, shape), STORAGES):
+        storages = [store(name, weight) for _ in range(copies)]
+        seconds = []
+        for _ in range(ROUNDS):
+            start = time.perf_counter()
+            for storage in storages:
+                storage.accumulate(out, x, 1.0, 0.0)
+            seconds.append(time.perf_counter() - start)
+        rates[name] = round(copies * size / min(seconds) / 1e9, 1)
+    return rates
+
+
+# ------------------------------------------------------------------------------ measurements kept
+
+
+def cache_folder() -> Path:
+    """Return the folder for what can be computed again: $XDG_CACHE_HOME/min-llama.
+
+    Raises:
+        RuntimeError: the user has no home folder.
+    """
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # An unset, empty or relative value means ~/.cache (XDG Base Directory Specification 0.8).
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "min-llama"
+
+
+def results_file() -> Path:
+    """Return the file of all measurements."""
+    return cache_folder() / "kernels.json"
+
+
+def result_key(shape: Shape, dtype: torch.dtype) -> str:
+    """Return the name of a measurement: all that it depends on."""
+    name = str(dtype).removeprefix("torch.")
+    threads = f"{torch.get_num_threads()} threads"
+    machine = f"{processor()}, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{machine}; PyTorch {torch.__version__}; {threads}; {name} {shape[0]}x{shape[1]}"
+
+
+def processor() -> str:
+    """Return the processor's name, and on Linux its family, model and stepping."""
+    try:
+        first = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0]
+    except (OSError, UnicodeDecodeError):
+        return platform.processor() or platform.machine()
+    values = dict(
+        line.replace("\t", "").split(":", 1) for line in first.splitlines() if ":" in line
+    )
+    names = ("model name", "cpu family", "model", "stepping")
+    parts = [values[name].strip() for name in names if name in values]
+    return " ".join(parts) or platform.machine()
+
+
+def read_results(path: Path) -> dict[str, dict[str, float]]:
+    """Read all measurements; what is not one is left out, also if that is the whole file."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(content, dict):
+        return {}
+    return {key: rates for key, rates in content.items() if is_result(rates)}
+
+
+def is_result(rates: object) -> bool:
+    """Return whether a value of the file is a rate, above 0, for each of some storages."""
+    return (
+        isinstance(rates, dict)
+        and rates.keys() <= set(STORAGES)
+        and len(rates) > 0
+        and all(isinstance(rate, float) and 0 < rate < math.inf for rate in rates.values())
+    )
+
+
+def write_results(path: Path, results: Mapping[str, Mapping[str, float]]) -> None:
+    """Add measurements to the file; another process reads it before or after this, never between.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open_atomically(path) as file:
+        json.dump({**read_results(path), **results}, file, indent=1, sort_keys=True)
+        file.write("\n")

@@ -1,0 +1,318 @@
+"""How matrices are stored: what each storage computes, and how the choice is measured and kept."""
+
+import json
+import mmap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from beyond import decoding, fast_decoding, kernels
+from beyond.kernels import (
+    DEFAULTS,
+    STORAGES,
+    BusyCheck,
+    HugePages,
+    choose_storages,
+    fits,
+    pick,
+    read_results,
+    result_key,
+    results_file,
+    store,
+)
+from run_llama import main
+
+SHAPES = [(64, 24), (96, 40)]
+LOW = "output/task_1/generated-sentence-temp-0.txt"
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's cache folder, and measurements that take no time."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(kernels, "MEASURED_BYTES", 1)
+    monkeypatch.setattr(BusyCheck, "read", staticmethod(lambda: (0.0, 0.0, 0)))  # not busy
+    return tmp_path / "cache/min-llama/kernels.json"
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """The shapes that are measured; every storage is as fast as its name is long."""
+    shapes: list[tuple[int, int]] = []
+
+    def measure(shape: tuple[int, int], dtype: torch.dtype) -> dict[str, float]:
+        shapes.append(shape)
+        return {name: float(len(name)) for name in STORAGES if fits(name, shape)}
+
+    monkeypatch.setattr(kernels, "measure", measure)
+    return shapes
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
+
+
+# ----------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("system", ["with huge pages", "without", "not Linux"])
+def test_copies_in_huge_pages_are_tensors_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, system: str
+) -> None:
+    """Of any dtype and size, also larger than a chunk; each begins at a multiple of 64 bytes."""
+    if system == "not Linux":
+        monkeypatch.delattr(mmap, "MADV_HUGEPAGE")
+    if system == "without":
+        monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 10**6)  # not known to the system
+    memory = HugePages()
+    monkeypatch.setattr(memory, "CHUNK", 4096)
+    tensors = [random(7, 3), random(5).bfloat16(), random(40, 50), random(9).char(), random(30, 30)]
+    copies = [memory.copy(x) for x in tensors]
+    copies.append(memory.copy(tensors[2].t()))
+    assert copies[-1].is_contiguous()
+    for x, copy in zip([*tensors, tensors[2].t()], copies, strict=True):
+        assert torch.equal(x, copy) and copy.data_ptr() % 64 == 0
+    copies[0].zero_()
+    assert all(map(torch.equal, tensors[1:], copies[1:]))
+
+
+# --------------------------------------------------------------------------------------- storages
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(64, 24), (33, 7), (1, 5)])
+@pytest.mark.parametrize("name", STORAGES)
+def test_a_storage_computes_the_product(
+    name: str, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """For one vector and for several, against a float64 product."""
+    weight, x = random(*shape).to(dtype), random(5, shape[1], 1)[:, :, 0].to(dtype)
+    storage = store(name, weight)
+    assert torch.equal(storage.matrix, weight)
+    expected = x.double() @ weight.double().T
+    tolerance = 1e-5 if dtype == torch.float32 else 0.2
+    torch.testing.assert_close(storage.multiply(x).double(), expected, atol=tolerance, rtol=0)
+    out = torch.full(shape[:1], float("nan"), dtype=dtype)
+    storage.accumulate(out, x[0], 1.0, 0.0)
+    torch.testing.assert_close(out.double(), expected[0], atol=tolerance, rtol=0)
+    storage.accumulate(out, x[1], -3.0, 2.0)
+    expected = 2 * expected[0] - 3 * expected[1]
+    torch.testing.assert_close(out.double(), expected, atol=4 * tolerance, rtol=0)
+
+
+def test_each_storage_is_another_layout() -> None:
+    layouts = {store(name, random(64, 24)).stored.stride() for name in STORAGES}
+    assert len(layouts) == len(STORAGES)
+
+
+# ----------------------------------------------------------------------------------------- choice
+
+
+def test_another_storage_must_be_clearly_faster_than_the_default() -> None:
+    assert pick({"rows": 10.0, "columns": 10.9}, "rows") == "rows"
+    assert pick({"rows": 10.0, "columns": 11.1}, "rows") == "columns"
+    assert pick({"columns": 1.0}, "rows") == "columns"  # the default does not fit
+
+
+def test_measurements_are_made_once_and_kept(cache: Path) -> None:
+    """All storages are really measured; a second run reads the file, and chooses the same."""
+    notes: list[str] = []
+    first = choose_storages(SHAPES, torch.float32, notes.append)
+    rates = json.loads(cache.read_text(encoding="utf-8"))
+    assert [set(values) for values in rates.values()] == [set(STORAGES)] * 2
+    written = cache.stat().st_mtime_ns
+    assert choose_storages([*SHAPES, *SHAPES], torch.float32, notes.append) == first
+    assert cache.stat().st_mtime_ns == written
+    assert set(first) == set(SHAPES) and len(notes) == 2
+    assert "measured in" in notes[0] and "measured in" not in notes[1]
+    for note in notes:
+        assert f"kept in {cache}" in note and f"64x24 {first[64, 24]}" in note
+
+
+def test_only_what_is_missing_is_measured(cache: Path, measured: list[tuple[int, int]]) -> None:
+    """Another shape, dtype, number of threads or version is another measurement."""
+    for shapes in (SHAPES[:1], SHAPES):
+        choice = choose_storages(shapes, torch.float32, lambda note: None)
+        assert choice[64, 24] == "32 column blocks"
+    assert measured == SHAPES
+    choose_storages(SHAPES[:1], torch.bfloat16, lambda note: None)
+    torch.set_num_threads(2)
+    try:
+        choose_storages(SHAPES[:1], torch.float32, lambda note: None)
+    finally:
+        torch.set_num_threads(1)
+    assert measured == [*SHAPES, SHAPES[0], SHAPES[0]]
+    assert len(read_results(cache)) == 4
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"\xff",
+        b"[1]",
+        b"[" * 100_000,
+        b'{"a": 1, "b": {}, "c": {"rows": "9"}, "d": {"rows": -1.0}, "e": {"no": 1.0}}',
+        b'{"a": {"rows": NaN, "columns": 1.0}}',
+    ],
+)
+def test_a_broken_file_is_measured_anew(
+    cache: Path, measured: list[tuple[int, int]], content: bytes
+) -> None:
+    cache.parent.mkdir(parents=True)
+    cache.write_bytes(content)
+    choose_storages(SHAPES, torch.float32, lambda note: None)
+    assert measured == SHAPES and len(read_results(cache)) == 2
+
+
+def test_a_broken_measurement_leaves_the_others(
+    cache: Path, measured: list[tuple[int, int]]
+) -> None:
+    choose_storages(SHAPES, torch.float32, lambda note: None)
+    content = json.loads(cache.read_bytes())
+    content[result_key(SHAPES[0], torch.float32)] = None
+    cache.write_text(json.dumps(content), encoding="utf-8")
+    choose_storages(SHAPES, torch.float32, lambda note: None)
+    assert measured == [*SHAPES, SHAPES[0]]
+
+
+@pytest.mark.parametrize("kind", ["a file", "no home"])
+def test_without_a_place_to_keep_them_nothing_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: list[tuple[int, int]], kind: str
+) -> None:
+    """A second run could choose otherwise, and then differ in the last bits."""
+    if kind == "a file":
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    else:
+
+        def no_home() -> Path:
+            raise RuntimeError("Could not determine home directory.")
+
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setattr(Path, "home", no_home)
+    notes: list[str] = []
+    assert choose_storages(SHAPES, torch.float32, notes.append) == {} and measured == []
+    assert len(notes) == 1 and notes[0].startswith("kernels: the defaults, since")
+
+
+@pytest.mark.parametrize(
+    ("end", "is_busy"),
+    [
+        ((12.0, 7.0, 103), False),
+        ((12.0, 6.7, 103), True),  # of 2 seconds, 1.7 on a processor
+        ((12.0, 7.0, 201), True),
+    ],
+)
+def test_measurements_on_a_busy_machine_are_not_used(
+    cache: Path,
+    measured: list[tuple[int, int]],
+    monkeypatch: pytest.MonkeyPatch,
+    end: tuple[float, float, int],
+    is_busy: bool,
+) -> None:
+    readings = iter([(10.0, 5.0, 100), end])
+    monkeypatch.setattr(BusyCheck, "read", staticmethod(lambda: next(readings)))
+    notes: list[str] = []
+    choice = choose_storages(SHAPES, torch.float32, notes.append)
+    assert measured == SHAPES and (choice == {}) == is_busy == (read_results(cache) == {})
+    assert ("since other programs use this machine" in notes[0]) == is_busy
+    assert ("measured in 2.0 s" in notes[0]) != is_busy
+
+
+def test_the_busy_check_sees_that_the_process_waits() -> None:
+    with BusyCheck() as check:
+        time.sleep(0.05)
+    assert check.is_busy and 0.05 <= check.seconds < 5
+
+
+def test_the_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for value in ("", "relative"):
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+        assert results_file() == tmp_path / ".cache/min-llama/kernels.json"
+
+
+# ----------------------------------------------------------------------------------- in a program
+
+
+def record_matrices(monkeypatch: pytest.MonkeyPatch) -> list[dict[tuple[int, int], str]]:
+    """Return the choices that models are prepared with."""
+    choices: list[dict[tuple[int, int], str]] = []
+    prepare: Callable[..., Any] = decoding.prepare_for_decoding
+
+    def recording(*args: Any, choice: Any = None, **options: Any) -> Any:
+        choices.append(choice)
+        return prepare(*args, choice=choice, **options)
+
+    monkeypatch.setattr(fast_decoding, "prepare_for_decoding", recording)
+    return choices
+
+
+ARGV = ["--causal", "--temperature", "0", "--prompt", "A film", "--max_new_tokens", "12"]
+
+
+def test_a_large_model_uses_the_measured_kernels(
+    workplace: Path,
+    cache: Path,
+    measured: list[tuple[int, int]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Measured once; then equal runs compute equal bits, and print the same but for one word."""
+    choices = record_matrices(monkeypatch)
+    monkeypatch.setattr(fast_decoding, "LARGE", 1)
+    texts = []
+    for _ in range(2):
+        assert main(ARGV) == 0
+        texts.append(Path(LOW).read_bytes())
+        assert "kernels: " in capsys.readouterr().out
+    assert len(measured) == 5 and choices[0] == choices[1] and texts[0] == texts[1]
+    assert set(choices[0].values()) == {"32 column blocks", "8 column blocks"}
+
+
+@pytest.mark.parametrize(
+    "flags", [["--deterministic"], ["--no-causal"], ["--quantize", "int8"], []]
+)
+def test_other_runs_use_the_defaults(
+    workplace: Path,
+    cache: Path,
+    measured: list[tuple[int, int]],
+    monkeypatch: pytest.MonkeyPatch,
+    flags: list[str],
+) -> None:
+    """Also those of a small model (no flags)."""
+    choices = record_matrices(monkeypatch)
+    if flags:
+        monkeypatch.setattr(fast_decoding, "LARGE", 1)
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda mode: None)
+    assert main([*ARGV, *flags]) == 0
+    assert choices == [None] and measured == [] and not cache.exists()
+
+
+def test_two_runs_with_any_choice_compute_equal_bits(cache: Path) -> None:
+    """Logits of the prompt and of single tokens."""
+    from tests.conftest import make_llama
+
+    llama, tokens = make_llama(causal=True), torch.arange(9)[None] + 4
+    shapes = fast_decoding.matrix_shapes(llama.config)
+    results = []
+    for _ in range(2):
+        choice = choose_storages(shapes, torch.float32, lambda note: None)
+        assert set(choice) == set(shapes) and set(choice.values()) <= set(STORAGES)
+        model = decoding.prepare_for_decoding(llama, choice=choice)
+        assert isinstance(model, decoding.DecodingLlama)
+        caches = model.new_caches(12)
+        hidden = [model.compute_hidden(tokens, caches)]
+        hidden += [model.compute_hidden(tokens[:, i : i + 1], caches) for i in range(3)]
+        results.append(model.output(torch.cat(hidden, dim=1)[0]))
+    assert torch.equal(*results)
+    expected = llama(torch.cat((tokens, tokens[:, :3]), dim=1), targets=tokens)[0][0]
+    torch.testing.assert_close(results[0], expected, atol=1e-5, rtol=1e-4)
+    assert set(DEFAULTS.values()) <= set(STORAGES)
