@@ -1,5 +1,7 @@
 """The part `Llama.forward`: its probes. The layers and the final norm are ours."""
 
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 
@@ -59,13 +61,19 @@ def observe(build: Build) -> Observations:
         kept = run(build(make(0.0, False, layer)), many)[1]
         return dropout_pattern(name, dropped, kept, RATE)
 
-    def call(embeddings: Tensor) -> tuple[Tensor, Tensor]:
-        """Run the model as in training, with these embeddings in the place of its own."""
+    @cache
+    def trained() -> tuple[Forward, nn.Module]:
+        """Make the model as in training; returns it, and its embeddings without their matrix."""
         model = make(train=True)
         forward = build(model)
         owner = forward if isinstance(forward, nn.Module) else model
         vars(owner.tok_embeddings)["_parameters"].clear()
-        vars(owner.tok_embeddings)["weight"] = embeddings
+        return forward, owner.tok_embeddings
+
+    def call(embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the model as in training, with these embeddings in the place of its own."""
+        forward, owner = trained()
+        vars(owner)["weight"] = embeddings
         return forward(tokens)[:2]
 
     embeddings = {"the embeddings": make().tok_embeddings.weight.detach()}
