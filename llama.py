@@ -148,7 +148,7 @@ class Llama(LlamaPreTrainedModel):
         super().__init__(config)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         # from_pretrained, since it draws no random numbers for a matrix that may be replaced.
-        matrix = torch.empty_like(self.output.weight)
+        matrix = torch.empty(config.vocab_size, config.dim)
         self.tok_embeddings = nn.Embedding.from_pretrained(matrix, freeze=False)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(LlamaLayer(i, config) for i in range(config.n_layers))

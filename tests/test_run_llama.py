@@ -261,6 +261,7 @@ def test_compiled_model_gives_the_same(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, argv: list[str]
 ) -> None:
     """Traced by the real compiler; the C++ that it writes needs more than Python and pip."""
+    save_llama(make_llama(causal=False, n_layers=1), workplace / "stories42M.pt")
     compile_model, calls = torch.compile, []
 
     def without_cpp(function, **options):  # type: ignore[no-untyped-def]

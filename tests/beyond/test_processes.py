@@ -175,6 +175,7 @@ def test_prompt_in_several_processes(
         assert (folder / name).read_bytes() == Path(name).read_bytes()
 
 
+@pytest.mark.sweep  # `test_command_line.py` has the same with torchrun's environment alone
 def test_generate_is_for_one_process(workplace: Path) -> None:
     process = start_torchrun(2, [], workplace)
     _, err = process.communicate(timeout=120)

@@ -236,7 +236,7 @@ def test_compiled_model_gives_the_same() -> None:
     """Traced by the real compiler, in training and merged; without the C++ that it writes."""
     rows, outputs = make_rows(), []
     for is_compiled in (False, True):
-        method = make_lora(make_classifier())
+        method = make_lora(make_classifier(n_layers=1))
         llama = method.classifier.llama
         if is_compiled:
             compiled = torch.compile(llama.compute_hidden, backend="eager", dynamic=True)
