@@ -31,8 +31,8 @@ SENTENCES = [
 # The files that take longest, the longest first.
 LONGEST = (
     *("test_run", "test_plants_training", "test_processes", "test_flags", "test_plants"),
-    *("test_checker", "test_method", "test_checkpoints", "test_program", "test_starter"),
-    *("test_quality", "test_run_llama", "test_parts_model", "test_submission", "test_lora"),
+    *("test_checker", "test_method", "test_checkpoints", "test_compile", "test_program"),
+    *("test_starter", "test_quality", "test_run_llama", "test_parts_model", "test_submission"),
     *("test_download", "test_pretraining", "test_smart", "test_huggingface", "test_tasks"),
     *("test_llama2c", "test_styles_model", "test_logs", "test_generation", "test_interrupts"),
     *("test_parts_classifier", "test_decoding", "test_command_line", "test_llama2c_tokenizer"),
