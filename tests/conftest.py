@@ -28,6 +28,15 @@ SENTENCES = [
     "0 ||| Clumsy , loud and much too long .",
     "1 ||| Every scene is a small surprise .",
 ]
+# The files that take longest, the longest first.
+LONGEST = (
+    *("test_run", "test_plants_training", "test_processes", "test_flags", "test_plants"),
+    *("test_checker", "test_method", "test_checkpoints", "test_compile", "test_program"),
+    *("test_starter", "test_quality", "test_run_llama", "test_parts_model", "test_submission"),
+    *("test_download", "test_pretraining", "test_smart", "test_huggingface", "test_tasks"),
+    *("test_llama2c", "test_styles_model", "test_logs", "test_generation", "test_interrupts"),
+    *("test_parts_classifier", "test_decoding", "test_command_line", "test_llama2c_tokenizer"),
+)
 # The sizes differ from each other wherever they can, so that a swapped axis cannot pass.
 SHAPE = {"dim": 48, "n_layers": 2, "n_heads": 6, "n_kv_heads": 3, "max_seq_len": 128}
 
@@ -43,6 +52,12 @@ def pytest_configure() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the longest files begin first, so that no process has one to run when the others end."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 @pytest.fixture(scope="session")
@@ -99,12 +114,17 @@ def workplace(
     tmp_path: Path, tokenizer_path: Path, llama: Llama, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
     """Make the current folder of a run: default checkpoint, tokenizer, and CFIMDB's files."""
-    save_llama(llama, tmp_path / "stories42M.pt")
-    (tmp_path / "tokenizer.model").write_bytes(tokenizer_path.read_bytes())
-    data = tmp_path / "data"
+    write_inputs(tmp_path, tokenizer_path, llama)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write_inputs(folder: Path, tokenizer_path: Path, llama: Llama) -> None:
+    """Write the default files of all tasks."""
+    save_llama(llama, folder / "stories42M.pt")
+    (folder / "tokenizer.model").write_bytes(tokenizer_path.read_bytes())
+    data = folder / "data"
     data.mkdir()
     for split in ("train", "dev", "test"):
         (data / f"cfimdb-{split}.txt").write_text("\n".join(SENTENCES) + "\n", encoding="utf-8")
     (data / "cfimdb-label-mapping.json").write_text(LABEL_NAMES, encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path

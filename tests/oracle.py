@@ -2,9 +2,8 @@
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor
-from transformers import LlamaConfig as HuggingFaceConfig
-from transformers import LlamaForCausalLM
 
 from config import LlamaConfig
 from llama import Llama
@@ -67,9 +66,9 @@ def numpy_forward(llama: Llama, tokens: Tensor) -> tuple[np.ndarray, np.ndarray]
     return hidden @ weights["output.weight"].T, hidden
 
 
-def hugging_face_config(config: LlamaConfig) -> HuggingFaceConfig:
+def hugging_face_config(config: LlamaConfig) -> "transformers.LlamaConfig":
     """The config of the same model in transformers."""
-    return HuggingFaceConfig(
+    return transformers.LlamaConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.dim,
         intermediate_size=config.hidden_dim,
@@ -86,10 +85,10 @@ def hugging_face_config(config: LlamaConfig) -> HuggingFaceConfig:
     )
 
 
-def to_hugging_face(llama: Llama) -> LlamaForCausalLM:
+def to_hugging_face(llama: Llama) -> "transformers.LlamaForCausalLM":
     """The same weights in transformers, whose model is causal."""
     config = llama.config
-    model = LlamaForCausalLM(hugging_face_config(config))
+    model = transformers.LlamaForCausalLM(hugging_face_config(config))
     names = {
         "tok_embeddings": "model.embed_tokens",
         "output": "lm_head",

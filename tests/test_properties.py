@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import accuracy_score, f1_score
 
 from config import LlamaConfig
 from run_llama import (
@@ -181,6 +180,8 @@ def test_any_model_args_are_a_config_or_an_error(model_args: dict[Any, Any]) -> 
 @given(st.lists(st.tuples(label, st.integers(-1, 4)), max_size=30))
 def test_scores_are_scikit_learns(pairs: list[tuple[int, int]]) -> None:
     """Over the examples with a gold label; a class that does not occur does not count."""
+    from sklearn.metrics import accuracy_score, f1_score  # here, since it takes a second
+
     confusion = confusion_matrix([p for p, _ in pairs], [gold for _, gold in pairs], 5)
     judged = np.array([pair for pair in pairs if pair[1] >= 0])
     if not len(judged):

@@ -249,37 +249,6 @@ def test_bfloat16_trains_float32_parameters(
     assert 0 < max(differences) <= 2 * 6 * 1e-3 + 1e-6  # six steps of 1e-3, the other way at worst
 
 
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize(
-    "argv",
-    [
-        pytest.param(PROMPT, marks=pytest.mark.sweep),
-        [*FINETUNE, "--hidden_dropout_prob", "0"],  # evaluates compiled layers too
-    ],
-)
-def test_compiled_model_gives_the_same(
-    workplace: Path, monkeypatch: pytest.MonkeyPatch, argv: list[str]
-) -> None:
-    """Traced by the real compiler; the C++ that it writes needs more than Python and pip."""
-    compile_model, calls = torch.compile, []
-
-    def without_cpp(function, **options):  # type: ignore[no-untyped-def]
-        calls.append(options)
-        return compile_model(function, backend="eager", **options)
-
-    monkeypatch.setattr(torch, "compile", without_cpp)
-    predictions = []
-    for flags in ([], ["--compile"]):
-        for path in (workplace / "output").rglob("*-dev-*.txt"):
-            path.unlink()
-        assert main([*argv, *flags]) == 0
-        (path,) = (workplace / "output").rglob("*-dev-*.txt")
-        predictions.append(path.read_text(encoding="utf-8"))
-    # to finetune, the model that is trained and the best one, which is loaded to predict
-    assert calls == [{"dynamic": True}] * (1 if argv is PROMPT else 2)
-    assert predictions[0] == predictions[1]
-
-
 def test_finetune_writes_tensorboard_events(
     workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,6 +11,7 @@ from functools import cache
 from itertools import combinations
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -257,7 +258,7 @@ def _compare(found: Tensor, expected: Observed, probe: str) -> tuple[float, str]
     if not len(sizes):
         return 0.0, ""
     worst = int(sizes.argmax())
-    index = [int(i) for i in torch.unravel_index(torch.tensor(worst), found.shape)]
+    index = [int(i) for i in np.unravel_index(worst, found.shape)]  # PyTorch's imports SymPy
     place = f"{probe}{index if index else ''}"
     values = f"found {left[worst]:.6g}, expected {right[worst]:.6g}"
     return float(sizes[worst]), f"{place}: {values}"

@@ -237,10 +237,12 @@ def _same_defaults() -> Iterator[None]:
 
 def _take_modules(names: set[str]) -> dict[str, ModuleType]:
     """Take these modules, and what they contain, out of `sys.modules`."""
+    roots = {name.partition(".")[0] for name in names}
     found = [
         fullname
         for fullname in sys.modules
-        if fullname in names or any(fullname.startswith(f"{name}.") for name in names)
+        if fullname.partition(".")[0] in roots  # few are, of thousands
+        and any(f"{fullname}.".startswith(f"{name}.") for name in names)
     ]
     return {fullname: sys.modules.pop(fullname) for fullname in found}
 

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from scipy import stats
+import scipy
 
 from benchmarks.quality.intervals import deviation, paired_difference, t_quantile
 
@@ -12,7 +12,7 @@ from benchmarks.quality.intervals import deviation, paired_difference, t_quantil
 @pytest.mark.parametrize("freedom", [*range(1, 40), 60, 100, 1000])
 def test_quantiles_match_scipy(freedom: int) -> None:
     """The table has four digits after the point, and the expansion is as good."""
-    assert t_quantile(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), abs=6e-5)
+    assert t_quantile(freedom) == pytest.approx(scipy.stats.t.ppf(0.975, freedom), abs=6e-5)
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 40])
@@ -25,7 +25,7 @@ def test_interval_matches_scipys_paired_test(n: int) -> None:
         # In another order, since they are matched by seed.
         dict(list(zip(seeds, theirs.tolist(), strict=True))[::-1]),
     )
-    expected = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+    expected = scipy.stats.ttest_rel(ours, theirs).confidence_interval(0.95)
     assert difference is not None and difference.interval is not None
     assert difference.mean == pytest.approx((ours - theirs).mean())
     # The quantile has four digits after the point, and is at most 12.7.

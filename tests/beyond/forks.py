@@ -6,6 +6,7 @@ processes of one job get the environment that torchrun would give them.
 """
 
 import contextlib
+import fcntl
 import io
 import json
 import multiprocessing
@@ -14,6 +15,7 @@ import resource
 import selectors
 import signal
 import sys
+import termios
 import threading
 import time
 import traceback
@@ -38,8 +40,13 @@ from tests.conftest import ROOT
 LIMIT = 240.0  # seconds that a job may take
 FAILED = 70  # status of a fork that did not come to its end as a program does
 PIPES = (1, 2)  # file descriptors of standard output and standard error
-# The first step of a run imports these, each in a second or more.
-LATE_IMPORTS = ("torch._dynamo", "torch.utils.tensorboard")
+# A run imports these at its first step or its first picture.
+PICTURES = ("Bmp", "Gif", "Jpeg", "Png", "Ppm")
+LATE_IMPORTS = ("torch._dynamo", "torch.utils.tensorboard", "tensorboard.plugins.hparams.api_pb2")
+LATE_IMPORTS += tuple(f"PIL.{name}ImagePlugin" for name in PICTURES)
+# Pretraining samples a text after each epoch. In the tests it is short, in this process and in the
+# warm one, or it would take as long as the rest of a run.
+beyond.pretraining.SAMPLE_TOKENS = 10
 
 
 def warm_context() -> ForkServerContext:
@@ -58,8 +65,14 @@ def run_jobs(jobs: Sequence[Job]) -> list[Result]:
 
 def run_job(job: Job) -> Result:
     """Run a job in forks of the warm process, and wait for its end."""
-    port = free_port()
-    started = [start(job, rank, port) for rank in range(job.processes)]
+    port, stdin = free_port(), None
+    if job.stdin is not None:
+        stdin, writer = os.pipe()
+        os.write(writer, job.stdin)
+        os.close(writer)
+    started = [start(job, rank, port, stdin) for rank in range(job.processes)]
+    if stdin is not None:
+        os.close(stdin)
     outs, errs = ([readers[i] for _, readers in started] for i in range(len(PIPES)))
     texts, in_time = read_all([reader.fileno() for reader in (*outs, *errs)], LIMIT)
     statuses = []
@@ -81,14 +94,20 @@ def run_job(job: Job) -> Result:
     return Result(statuses[0] or 0, out, err)
 
 
-def start(job: Job, rank: int, port: int) -> tuple[ForkServerProcess, tuple[Connection, ...]]:
-    """Start a process of a job; returns it, and where its output and errors can be read."""
+def start(
+    job: Job, rank: int = 0, port: int = 0, stdin: int | None = None
+) -> tuple[ForkServerProcess, tuple[Connection, ...]]:
+    """Start a process of a job; returns it, and where its output and errors can be read.
+
+    If `stdin`, its standard input, is a terminal, then it is the one that controls the process.
+    """
     context = warm_context()
     readers, writers = zip(*(context.Pipe(duplex=False) for _ in PIPES), strict=True)
-    process = context.Process(target=fork, args=(job, rank, port, writers))
+    given = None if stdin is None else Connection(os.dup(stdin))  # which can be sent to a process
+    process = context.Process(target=fork, args=(job, rank, port, writers, given))
     process.start()
-    for writer in writers:
-        writer.close()
+    for end in (*writers, *([given] if given else [])):
+        end.close()
     return process, readers
 
 
@@ -111,10 +130,14 @@ def read_all(descriptors: list[int], seconds: float) -> tuple[dict[int, bytes], 
 # ------------------------------------------------------------------------------------ in a fork
 
 
-def fork(job: Job, rank: int, port: int, writers: Sequence[Connection]) -> None:
+def fork(
+    job: Job, rank: int, port: int, writers: Sequence[Connection], stdin: Connection | None
+) -> None:
     """Run a process of a job, which this process is, to its end."""
     status = FAILED
     try:
+        if stdin is not None:
+            take_input(stdin)
         for writer, descriptor in zip(writers, PIPES, strict=True):
             os.dup2(writer.fileno(), descriptor)
             writer.close()
@@ -129,6 +152,16 @@ def fork(job: Job, rank: int, port: int, writers: Sequence[Connection]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def take_input(stdin: Connection) -> None:
+    """Read standard input from here; a terminal also controls this process, as a shell's does."""
+    os.dup2(stdin.fileno(), 0)
+    stdin.close()
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115  # until the process ends
+    if os.isatty(0):
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 def run(job: Job, rank: int, port: int) -> int:

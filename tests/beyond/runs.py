@@ -87,6 +87,7 @@ class Job(NamedTuple):
         file_size: bytes that a file may have, or None.
         watch: whether to write the resident bytes and the number of open files after each training
             step, or each sampled token, to samples.json.
+        stdin: what a pipe holds that is its standard input, or None.
     """
 
     argv: Sequence[str]
@@ -97,6 +98,7 @@ class Job(NamedTuple):
     memory: int | None = None
     file_size: int | None = None
     watch: bool = False
+    stdin: bytes | None = None
 
 
 class Result(NamedTuple):

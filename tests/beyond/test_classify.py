@@ -1,18 +1,17 @@
 """`--option classify`: a classifier on new sentences, from files, pipes and terminals."""
 
-import fcntl
 import io
 import json
 import os
 import pty
 import re
 import signal
-import subprocess
 import sys
-import termios
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -21,6 +20,8 @@ from base_llama import write_checkpoint
 from beyond import classify
 from classifier import ClassifierConfig, LlamaEmbeddingClassifier, load_classifier
 from run_llama import main
+from tests.beyond import forks
+from tests.beyond.runs import Job, RunForks
 from tests.conftest import ROOT, SENTENCES, make_llama
 from tests.test_run_llama import FINETUNE, run
 from tokenizer import Tokenizer
@@ -636,59 +637,51 @@ def read_until(stream: io.FileIO, ending: bytes) -> bytes:
     return content
 
 
-def take_terminal() -> None:
-    """Make standard input the terminal that controls this process, as a shell's is."""
-    os.setsid()
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+class Conversation(NamedTuple):
+    """The program in a process of its own, at a pseudo-terminal."""
+
+    process: ForkServerProcess
+    terminal: int
+    out: io.FileIO
+    err: io.FileIO
 
 
-def test_ctrl_c_ends_a_conversation(model: LlamaEmbeddingClassifier) -> None:
-    """A real process at a real pseudo-terminal; standard output holds the answers alone."""
+@pytest.fixture
+def conversation(model: LlamaEmbeddingClassifier) -> Iterator[Conversation]:
+    """Start a conversation whose answers also go to a file; it has asked for a sentence."""
     master, slave = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "run_llama.py"), *CLASSIFY, "--output", "out.tsv"],
-        stdin=slave,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        bufsize=0,
-        preexec_fn=take_terminal,
-    )
+    job = Job([*CLASSIFY, "--output", "out.tsv"], Path.cwd())
+    process, readers = forks.start(job, stdin=slave)
     os.close(slave)
-    assert isinstance(process.stderr, io.FileIO) and isinstance(process.stdout, io.FileIO)
+    out, err = (io.FileIO(reader.fileno(), closefd=False) for reader in readers)
     try:
-        read_until(process.stderr, b"sentence> ")
-        os.write(master, f"{TEXTS[0]}\n".encode())
-        answer = read_until(process.stderr, b"sentence> ")
-        os.write(master, b"\x03")  # Ctrl-C, which the terminal turns into SIGINT
-        rest, out = process.stderr.read(), process.stdout.read()
-        assert process.wait(30) == 0
+        read_until(err, b"sentence> ")
+        yield Conversation(process, master, out, err)
     finally:
         process.kill()
+        process.join()
         os.close(master)
-    assert out == b"" and rest == b"\nWrote the results to out.tsv.\n"
+
+
+def test_ctrl_c_ends_a_conversation(conversation: Conversation) -> None:
+    """At a real pseudo-terminal; standard output holds the answers alone."""
+    process, terminal, out, err = conversation
+    os.write(terminal, f"{TEXTS[0]}\n".encode())
+    answer = read_until(err, b"sentence> ")
+    os.write(terminal, b"\x03")  # Ctrl-C, which the terminal turns into SIGINT
+    rest = err.read()
+    process.join(30)
+    assert process.exitcode == 0
+    assert out.read() == b"" and rest == b"\nWrote the results to out.tsv.\n"
     assert Path("out.tsv").read_bytes() + b"sentence> " == answer
 
 
-def test_other_signals_are_not_an_end_of_input(model: LlamaEmbeddingClassifier) -> None:
+def test_other_signals_are_not_an_end_of_input(conversation: Conversation) -> None:
     """SIGTERM ends the program with its own status, and no result is written."""
-    master, slave = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "run_llama.py"), *CLASSIFY, "--output", "out.tsv"],
-        stdin=slave,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        bufsize=0,
-    )
-    os.close(slave)
-    assert isinstance(process.stderr, io.FileIO)
-    try:
-        read_until(process.stderr, b"sentence> ")
-        process.terminate()
-        rest = process.stderr.read()
-        assert process.wait(30) == 128 + signal.SIGTERM
-    finally:
-        process.kill()
-        os.close(master)
+    conversation.process.terminate()
+    rest = conversation.err.read()
+    conversation.process.join(30)
+    assert conversation.process.exitcode == 128 + signal.SIGTERM
     assert b"interrupted" in rest and b"Traceback" not in rest
     assert not Path("out.tsv").exists()
 
@@ -696,17 +689,13 @@ def test_other_signals_are_not_an_end_of_input(model: LlamaEmbeddingClassifier) 
 # ----------------------------------------------------------------------------------- processes
 
 
-def test_as_a_process(model: LlamaEmbeddingClassifier) -> None:
-    """A pipe through a real process: results to stdout, all else to stderr, status 0."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "run_llama.py"), *CLASSIFY],
-        input="\n".join(SENTENCES),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert [row[2] for row in read_rows(done.stdout)] == TEXTS
-    assert "load model from best.pt\n" in done.stderr and "acc :: " in done.stderr
+def test_as_a_process(model: LlamaEmbeddingClassifier, run_forks: RunForks) -> None:
+    """A pipe through a process: results to stdout, all else to stderr, status 0."""
+    job = Job(CLASSIFY, Path.cwd(), stdin="\n".join(SENTENCES).encode())
+    ((status, out, err),) = run_forks([job])
+    assert status == 0, err
+    assert [row[2] for row in read_rows(out)] == TEXTS
+    assert "load model from best.pt\n" in err and "acc :: " in err
 
 
 def test_a_loaded_classifier_knows_its_words_and_its_tokenizer(

@@ -471,7 +471,8 @@ TORCHRUN = {  # name -> RANK, LOCAL_RANK, WORLD_SIZE
 # Runs run_llama.py as a script for each command line of standard input, in one process, and prints
 # what each has answered and which slow modules have been imported by then.
 ANSWERS = """
-import contextlib, io, json, os, runpy, sys
+import contextlib, io, json, os, runpy, sys, time
+time.sleep = lambda seconds: None  # a second process waits until the first one has printed
 sys.path.insert(0, os.path.dirname(sys.argv[1]))
 script, answers = sys.argv[1], []
 for argv, ranks in json.load(sys.stdin):

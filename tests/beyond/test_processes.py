@@ -101,6 +101,7 @@ def check_several_processes(
     assert curves[0] == pytest.approx(curves[1], abs=1e-5)
 
 
+@pytest.mark.sweep  # the suite has prompting under torchrun, and fine-tuning without it
 def test_torchrun_computes_what_one_process_does(
     workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -161,13 +162,12 @@ def test_two_processes_train_an_untied_model(
     check_several_processes(workplace, capsys, argv, out)
 
 
-def test_prompt_in_several_processes(
-    run_forks: RunForks, workplace: Path, capsys: pytest.CaptureFixture[str]
+def test_torchrun_prompts_as_one_process_does(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = ["--option", "prompt", "--batch_size", "3"]
     folder = copy_of(workplace, "several")
-    ((several_status, out, err),) = run_forks([Job(argv, folder, processes=2)])
-    assert several_status == 0, err
+    out = torchrun(2, argv, folder)
     status, expected, _ = run(argv, capsys)
     assert status == 0 and out == expected
     for split in ("dev", "test"):
@@ -175,6 +175,7 @@ def test_prompt_in_several_processes(
         assert (folder / name).read_bytes() == Path(name).read_bytes()
 
 
+@pytest.mark.sweep  # `test_command_line.py` has the same with torchrun's environment alone
 def test_generate_is_for_one_process(workplace: Path) -> None:
     process = start_torchrun(2, [], workplace)
     _, err = process.communicate(timeout=120)

@@ -13,6 +13,8 @@ import torch
 
 from beyond.runtime import ThreadWatch, thread_advice
 from run_llama import main
+from tests.beyond import forks
+from tests.beyond.runs import Job
 from tests.conftest import ROOT, SENTENCES, make_llama, save_llama
 from tests.test_run_llama import FINETUNE, PROMPT, run
 
@@ -39,6 +41,7 @@ def test_closed_output_streams_change_no_result(workplace: Path) -> None:
     assert Path("output/task_3/cfimdb-finetune-1-0.001.pt").read_bytes() == checkpoint
 
 
+@pytest.mark.sweep  # the test above closes it too; `test_generation.py` has an empty one
 def test_a_closed_standard_input_is_an_empty_prompt(workplace: Path) -> None:
     done = shell("exec $RUN --prompt - <&-")
     assert done.returncode == 2
@@ -61,11 +64,9 @@ def test_ctrl_c_while_modules_are_imported_is_one_line(workplace: Path) -> None:
 
 def test_two_runs_do_not_write_one_result(workplace: Path) -> None:
     """The second of two at the same time is refused; the first one's results are its own."""
-    argv = [SCRIPT, *FINETUNE, "--epochs", "200"]
-    first = subprocess.Popen([sys.executable, *argv], stdout=subprocess.PIPE, text=True)
-    assert first.stdout is not None
-    while not first.stdout.readline().startswith("epoch 0"):
-        assert first.poll() is None
+    first, (out, _) = forks.start(Job([*FINETUNE, "--epochs", "200"], Path.cwd()))
+    with open(out.fileno(), closefd=False) as lines:
+        assert any(line.startswith("epoch 0") for line in lines)
     try:
         done = shell(f"exec $RUN {' '.join(FINETUNE)} --epochs 200 --seed 7")
         path = Path("output/task_3/cfimdb-dev-finetuning-output.txt").absolute()
@@ -76,7 +77,7 @@ def test_two_runs_do_not_write_one_result(workplace: Path) -> None:
         )
     finally:
         first.kill()
-        first.communicate()
+        first.join()
 
 
 @pytest.mark.parametrize("argv", [PROMPT, FINETUNE, ["--max_new_tokens", "2"]])
@@ -102,18 +103,6 @@ def test_greedy_decoding_of_nan_is_an_error(
         status, _, err = run(["--temperature", "0"], capsys)
         assert status == 2 and "the logits are infinite or NaN" in err and err.count("\n") == 1
         assert not list(Path("output").rglob("*.txt"))
-
-
-def test_compile_without_a_compiler_is_one_line(
-    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import torch._inductor.config
-
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "/nowhere/g++"))
-    status, _, err = run([*PROMPT, "--compile"], capsys)
-    assert status == 2 and err.count("\n") == 1
-    assert re.match("run_llama.py: error: --compile: .*No working C\\+\\+ compiler", err)
-    assert err.endswith("; install a C++ compiler such as g++, or leave --compile out\n")
 
 
 # -------------------------------------------------------------------------------------- threads

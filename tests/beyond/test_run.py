@@ -4,6 +4,7 @@ Signals are in `test_interrupts.py`, several processes in `test_processes.py`, a
 in `tests/sweeps/test_kill_points.py`.
 """
 
+import contextlib
 import os
 import re
 import shutil
@@ -42,7 +43,7 @@ from tests.beyond.runs import (
     run_uninterrupted,
     strike_and_resume,
 )
-from tests.conftest import SENTENCES, make_llama, pad_rows, save_llama
+from tests.conftest import SENTENCES, make_llama, pad_rows, save_llama, write_inputs
 
 STATE = Path("out/a.pt.state")  # the training checkpoint of FINETUNE and PRETRAIN
 EVERY_TWO = ["--save_every", "2"]
@@ -51,7 +52,27 @@ EVERY_TWO = ["--save_every", "2"]
 # -------------------------------------------------------------------------------------- resuming
 
 
-@pytest.mark.parametrize("kind", RUNS)
+@pytest.fixture(scope="module")
+def interrupted_run(tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a folder with a run that was interrupted after its fourth step."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    write_inputs(folder, tokenizer_path, make_llama(causal=False))
+    with contextlib.chdir(folder):
+        assert interrupt(FINETUNE, 4) == 130
+    return folder
+
+
+@pytest.fixture
+def interrupted(interrupted_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the current folder a copy of that folder."""
+    shutil.copytree(interrupted_run, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+
+
+# A causal run differs in the model only, and `test_kill_points.py` has it too.
+@pytest.mark.parametrize(
+    "kind", ["reference", pytest.param("causal", marks=pytest.mark.sweep), "pretrain"]
+)
 def test_a_killed_run_ends_as_if_it_had_not_been(
     run_forks: RunForks, workplace: Path, kind: str
 ) -> None:
@@ -72,9 +93,8 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
 
 
 def test_a_training_checkpoint_is_not_overwritten_and_goes_with_the_run(
-    workplace: Path, capsys: pytest.CaptureFixture[str]
+    interrupted: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert interrupt(FINETUNE, 4) == 130
     before = STATE.read_bytes()
     status, _, err = run(FINETUNE, capsys)
     assert status == 2 and STATE.read_bytes() == before
@@ -89,18 +109,16 @@ def test_a_training_checkpoint_is_not_overwritten_and_goes_with_the_run(
 
 
 def test_a_training_checkpoint_without_its_best_checkpoint(
-    workplace: Path, capsys: pytest.CaptureFixture[str]
+    interrupted: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert interrupt(FINETUNE, 4) == 130
     Path("out/a.pt").unlink()
     status, _, err = run([*FINETUNE, "--resume"], capsys)
     assert status == 2 and "out/a.pt, the best epoch's result, is missing" in err
 
 
 def test_resume_with_other_settings_lists_them(
-    workplace: Path, capsys: pytest.CaptureFixture[str]
+    interrupted: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert interrupt(FINETUNE, 4) == 130
     before = STATE.read_bytes()
     Path("data/cfimdb-train.txt").write_text("\n".join(SENTENCES[::-1]) + "\n")
     argv = [*FINETUNE, "--resume", "--lr", "2e-3", "--hidden_dropout_prob", "0.1"]
@@ -154,9 +172,8 @@ DAMAGES |= {f"without {key}": partial(without, name=key) for key in KEYS}
 
 @pytest.mark.parametrize("name", ["truncated", *DAMAGES])
 def test_a_damaged_training_checkpoint_is_one_line(
-    workplace: Path, capsys: pytest.CaptureFixture[str], name: str
+    interrupted: None, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    assert interrupt(FINETUNE, 4) == 130
     if name == "truncated":
         STATE.write_bytes(STATE.read_bytes()[:-1000])
     else:
@@ -169,9 +186,8 @@ def test_a_damaged_training_checkpoint_is_one_line(
 
 
 def test_a_training_checkpoint_of_an_earlier_version_is_refused_by_name(
-    workplace: Path, capsys: pytest.CaptureFixture[str]
+    interrupted: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert interrupt(FINETUNE, 4) == 130
     state = load_safely(STATE)
     same = {key: state[key] for key in ("best", "order", "random", "log", "model", "optimizer")}
     earlier = {"settings": state["hyperparameters"], "epoch": 1, "done": 1, "step": 4}
@@ -261,7 +277,9 @@ UNTIED_RUNS["pretrain"] = [*PRETRAIN[:6], "--max_seq_len", "16", "--dropout", "0
 UNTIED_RUNS["pretrain"] += ["--dtype", "float32", "--filepath", "out/a.pt"]
 
 
-@pytest.mark.parametrize("kind", UNTIED_RUNS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param("reference", marks=pytest.mark.sweep), "causal", "pretrain"]
+)
 def test_an_untied_run_that_is_terminated_and_resumed_ends_alike(
     run_forks: RunForks, workplace: Path, kind: str
 ) -> None:
@@ -400,29 +418,32 @@ def epochs_with(patience: int, accuracies: list[float]) -> int:
     return len(accuracies)
 
 
-@pytest.mark.parametrize("patience", [1, 2, 3])
 def test_patience_ends_a_run_some_epochs_after_the_best_one(
-    workplace: Path, capsys: pytest.CaptureFixture[str], patience: int
+    workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Until then, epochs and learning rates are those of the whole run, and so is its best."""
     argv = [*FINETUNE, "--epochs", "10", "--lr", "3e-3", "--warmup", "0.1", "--linear_decay"]
-    found = []
-    for flags in ([], ["--patience", str(patience)]):
+
+    def output_and_rates(*flags: str) -> tuple[str, list[float]]:
         shutil.rmtree("out", ignore_errors=True)
         status, out, err = run([*argv, *flags], capsys)
         assert status == 0, err
         (folder,) = [path for path in Path("out").iterdir() if path.is_dir()]
         rates = EventAccumulator(str(folder / "train")).Reload().Scalars("learning_rate")
-        found.append((out, [rate.value for rate in rates]))
-    (whole, all_rates), (out, rates) = found
+        return out, [rate.value for rate in rates]
+
+    whole, all_rates = output_and_rates()
     accuracies = dev_accuracies(whole)
-    expected = epochs_with(patience, accuracies)
-    assert len(set(accuracies)) > 1 and patience < expected < 10  # it is not that simple
-    assert dev_accuracies(out) == accuracies[:expected]
-    assert rates == all_rates[: 3 * expected]
-    best = accuracies.index(max(accuracies[:expected]))
-    assert re.search(rf"best epoch +{best} \(of 0 to {expected - 1}\)\n", out)
-    assert out.count("stop: none of the last") == 1 and "stop:" not in whole
+    assert len(set(accuracies)) > 1 and "stop:" not in whole
+    for patience in (1, 2, 3):
+        out, rates = output_and_rates("--patience", str(patience))
+        expected = epochs_with(patience, accuracies)
+        assert patience < expected < 10  # it is not that simple
+        assert dev_accuracies(out) == accuracies[:expected]
+        assert rates == all_rates[: 3 * expected]
+        best = accuracies.index(max(accuracies[:expected]))
+        assert re.search(rf"best epoch +{best} \(of 0 to {expected - 1}\)\n", out)
+        assert out.count("stop: none of the last") == 1
 
 
 def test_patience_that_does_not_run_out_changes_nothing(
@@ -432,25 +453,22 @@ def test_patience_that_does_not_run_out_changes_nothing(
     assert status == 0 and len(dev_accuracies(out)) == 4 and "stop:" not in out
 
 
-@pytest.mark.parametrize(
-    "strike",
-    [
+def test_a_stopped_run_stays_stopped_when_it_is_resumed(
+    run_forks: RunForks, workplace: Path
+) -> None:
+    argv = [*STOPPED, "--save_every", "2"]
+    expected = run_uninterrupted(run_forks, workplace, argv)
+    assert len(dev_accuracies(expected.out)) == 3 and STOP in expected.out
+    for strike in (
         Strike(KILL, "step", 7),  # epoch 2, one step after a save
         Strike(TERM, "step", 9),
         Strike(TERM, "eval", 30),  # epoch 2, the last one
         Strike(TERM, "eval", 38),  # all epochs are done: the predictions of dev
         Strike(TERM, "eval", 44),  # and of test
         Strike(KILL, "replace", 12),
-    ],
-)
-def test_a_stopped_run_stays_stopped_when_it_is_resumed(
-    run_forks: RunForks, workplace: Path, strike: Strike
-) -> None:
-    argv = [*STOPPED, "--save_every", "2"]
-    expected = run_uninterrupted(run_forks, workplace, argv)
-    assert len(dev_accuracies(expected.out)) == 3 and STOP in expected.out
-    ends = strike_and_resume(run_forks, workplace, argv, strike, expected)
-    assert ends == (True, True)
+    ):
+        ends = strike_and_resume(run_forks, workplace, argv, strike, expected)
+        assert ends == (True, True), strike
 
 
 def test_a_run_interrupted_in_its_predictions_does_not_train_again(

@@ -1,5 +1,8 @@
 """The part `Llama.forward`: its probes. The layers and the final norm are ours."""
 
+from functools import cache
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -66,13 +69,23 @@ def observe(build: Build) -> Observations:
         kept = run(build(make(0.0, False, layer)), many)[1]
         return dropout_pattern(name, dropped, kept, RATE)
 
-    def call(embeddings: Tensor) -> tuple[Tensor, Tensor]:
-        """Run the model as in training, with these embeddings in the place of its own."""
+    @cache
+    def trained() -> tuple[Forward, dict[str, Any]]:
+        """Make the model as in training; also returns the attributes of its embeddings.
+
+        The embeddings have no matrix: `weight` is to be set.
+        """
         model = make(train=True)
         forward = build(model)
         owner = forward if isinstance(forward, nn.Module) else model
-        vars(owner.tok_embeddings)["_parameters"].clear()
-        vars(owner.tok_embeddings)["weight"] = embeddings
+        attributes = vars(owner.tok_embeddings)
+        attributes["_parameters"].clear()
+        return forward, attributes
+
+    def call(embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the model as in training, with these embeddings in the place of its own."""
+        forward, attributes = trained()
+        attributes["weight"] = embeddings
         return forward(tokens)[:2]
 
     embeddings = {"the embeddings": make().tok_embeddings.weight.detach()}

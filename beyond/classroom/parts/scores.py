@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import cache, partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -36,11 +37,6 @@ SIZES: dict[str, Any] = {
 def observe(build: Build) -> Observations:
     """Compute scores without and with grouped heads, with dropout, then their gradients."""
 
-    def call(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor]:
-        config = LlamaConfig(n_kv_heads=key.shape[1], **SIZES)
-        scores = build(fill(Attention(config), 0.1).train())
-        return (scores(query, key, value),)
-
     def run(
         batch: int, seq: int, n_kv_heads: int, rate: float = 0.0, train: bool = False
     ) -> Tensor:
@@ -54,13 +50,14 @@ def observe(build: Build) -> Observations:
 
     kept = run(64, 4, 6)
     trained, evaluated = run(64, 4, 6, RATE, train=True), run(64, 4, 6, RATE)
+    scores = build(fill(Attention(LlamaConfig(n_kv_heads=6, **SIZES)), 0.1).train())
     return {
         "output": Observed(run(3, 5, 6), 1e-4),
         "output with grouped heads": Observed(run(3, 5, 3), 1e-4),
         **dropout_pattern("dropout in training", trained, kept, RATE, copies=2),
         **dropout_pattern("dropout in evaluation", evaluated, kept, RATE, copies=2),
         **gradients(
-            call,
+            lambda query, key, value: (scores(query, key, value),),
             {
                 f"the {name}": normal(2, 6, 5, 8, seed=seed)
                 for seed, name in enumerate(("query", "key", "value"), 1)
@@ -75,9 +72,10 @@ def adapt(student: Student) -> Build:
     def build(ours: Attention) -> Scores:
         theirs: Any = make_attention(student, ours)
         compute = with_nones(theirs.compute_query_key_value_scores, 3)
+        given_for = cache(partial(find_given, student, ours))
 
         def scores(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            given = find_given(student, ours, *query.shape[::2])
+            given = given_for(*query.shape[::2])
             if given.heads == query.shape[1]:
                 key, value = (t.repeat_interleave(ours.config.n_rep, dim=1) for t in (key, value))
             return compute(query, key, value, *given.args, **given.options)

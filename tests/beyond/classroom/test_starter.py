@@ -276,19 +276,27 @@ def names_defined(source: str) -> set[str]:
     return names
 
 
-def test_all_that_run_llama_needs_is_there_and_no_more(skeleton: Path) -> None:
-    """By Python's own count of what it imports, besides the checks and data/download.py."""
+@pytest.fixture(scope="module")
+def imported(skeleton: Path) -> "subprocess.CompletedProcess[str]":
+    """Import run_llama.py, print the files of all modules, then run sanity_check.py --of FOLDER."""
     code = """
-import sys
+import runpy, sys
 sys.argv = ["run_llama.py", "--help"]
 import run_llama
 for module in list(sys.modules.values()):
     print(getattr(module, "__file__", None))
+sys.argv = ["sanity_check.py", "--of", "."]
+runpy.run_path("sanity_check.py", run_name="__main__")
 """
-    result = python(skeleton, "-c", code)
-    assert result.stderr == ""
+    return python(skeleton, "-c", code)
+
+
+def test_all_that_run_llama_needs_is_there_and_no_more(
+    skeleton: Path, imported: "subprocess.CompletedProcess[str]"
+) -> None:
+    """By Python's own count of what it imports, besides the checks and data/download.py."""
     folder = skeleton.resolve()
-    loaded = {Path(line) for line in result.stdout.splitlines() if line.startswith(str(folder))}
+    loaded = {Path(line) for line in imported.stdout.splitlines() if line.startswith(str(folder))}
     names = {str(path.relative_to(folder)) for path in loaded}
     others = {"rope_test.py", "optimizer_test.py", "sanity_check.py", "data/download.py"}
     assert names == sources(skeleton).keys() - others
@@ -470,11 +478,12 @@ def test_each_body_alone_is_one_todo_less(skeleton: Path, tmp_path: Path, todo: 
     assert [name for name, status in found.items() if status == "todo"][0] in TO_DO
 
 
-def test_the_checker_is_not_in_the_starter(skeleton: Path) -> None:
+def test_the_checker_is_not_in_the_starter(
+    skeleton: Path, imported: "subprocess.CompletedProcess[str]"
+) -> None:
     assert [file for file, text in sources(skeleton).items() if "classroom" in text] == []
-    result = python(skeleton, "sanity_check.py", "--of", ".")
-    assert result.returncode == 2
-    assert result.stderr == (
+    assert imported.returncode == 2
+    assert imported.stderr == (
         "sanity_check.py: error: unrecognized arguments: --of .; this script takes no arguments\n"
     )
     assert "It is not in this folder" in (skeleton / "README.md").read_text(encoding="utf-8")

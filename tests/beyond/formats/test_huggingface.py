@@ -17,9 +17,8 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
-from transformers import LlamaConfig as TheirConfig
 
 from beyond.formats.huggingface import (
     halves_to_pairs,
@@ -52,8 +51,8 @@ def make_theirs(tied: bool = False, theta: float = 500000.0) -> Any:
     """Make a random model of transformers whose outputs are of order one."""
     torch.manual_seed(1)
     rope = {"rope_theta": theta, "rope_type": "default"}
-    config = TheirConfig(**SIZES, rope_parameters=rope, tie_word_embeddings=tied)
-    theirs = LlamaForCausalLM(config).eval()
+    config = transformers.LlamaConfig(**SIZES, rope_parameters=rope, tie_word_embeddings=tied)
+    theirs = transformers.LlamaForCausalLM(config).eval()
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return theirs
@@ -61,7 +60,7 @@ def make_theirs(tied: bool = False, theta: float = 500000.0) -> Any:
 
 def open_theirs(folder: Path, dtype: torch.dtype | None = None) -> Any:
     """Open a folder with transformers, in the stored dtype by default."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
 
 
 def read_ours(folder: Path) -> Llama:
@@ -149,8 +148,8 @@ def test_missing_fields_have_the_defaults_of_transformers(folder: Path) -> None:
 
 
 def test_missing_num_key_value_heads_means_as_many_as_heads(tmp_path: Path) -> None:
-    config = TheirConfig(**(SIZES | {"num_key_value_heads": 6}))
-    theirs: Any = LlamaForCausalLM(config).eval()
+    config = transformers.LlamaConfig(**(SIZES | {"num_key_value_heads": 6}))
+    theirs: Any = transformers.LlamaForCausalLM(config).eval()
     theirs.save_pretrained(tmp_path)
     edit_json(tmp_path / "config.json", num_key_value_heads=...)
     torch.testing.assert_close(*logits_of_both(read_ours(tmp_path), theirs), **TOLERANCE)
@@ -498,7 +497,7 @@ def test_a_written_folder_opens_in_transformers(
     rounded = Llama(ours.config)
     rounded.load_state_dict({k: v.to(dtype).float() for k, v in ours.state_dict().items()})
     torch.testing.assert_close(*logits_of_both(rounded.eval(), theirs), **TOLERANCE)
-    theirs_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "new")
+    theirs_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "new")
     text = "A dull , lifeless story"
     assert theirs_tokenizer(text).input_ids == tokenizer.encode(text, bos=True, eos=False)
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import sentencepiece
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from beyond.formats.huggingface_tokenizer import JsonTokenizer, read_tokenizer_json
 from beyond.formats.sentencepiece_json import tokenizer_files
@@ -68,7 +68,7 @@ def make_byte_level(folder: Path, adds_bos: bool = True, pad: bool = True) -> Pa
             single=f"{BEGIN} $A", pair=f"{BEGIN} $A $B", special_tokens=[(BEGIN, 0)]
         )
     names = {"bos_token": BEGIN, "eos_token": END} | ({"pad_token": PAD} if pad else {})
-    PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(folder)
     return folder / "tokenizer.json"
 
 
@@ -79,7 +79,7 @@ def make_llama_like(folder: Path, tokenizer_path: Path) -> Path:
     shutil.copy(tokenizer_path, source / "tokenizer.model")
     (source / "config.json").write_text('{"model_type": "llama"}')
     (source / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
-    AutoTokenizer.from_pretrained(source).save_pretrained(folder / "saved")
+    transformers.AutoTokenizer.from_pretrained(source).save_pretrained(folder / "saved")
     return folder / "saved" / "tokenizer.json"
 
 
@@ -99,7 +99,7 @@ def path(request: pytest.FixtureRequest, tmp_path: Path, tokenizer_path: Path) -
 
 
 def test_tokens_and_texts_equal_autotokenizers(path: Path) -> None:
-    ours, theirs = load(path), AutoTokenizer.from_pretrained(path.parent)
+    ours, theirs = load(path), transformers.AutoTokenizer.from_pretrained(path.parent)
     for text in TEXTS:
         tokens = ours.encode(text, bos=True, eos=False)
         assert tokens == theirs(text).input_ids, text
@@ -116,7 +116,7 @@ def test_tokens_and_texts_equal_autotokenizers(path: Path) -> None:
 def byte_level(tmp_path_factory: pytest.TempPathFactory) -> tuple[JsonTokenizer, Any]:
     """A byte-level tokenizer, and AutoTokenizer's."""
     path = make_byte_level(tmp_path_factory.mktemp("byte-level"))
-    return load(path), AutoTokenizer.from_pretrained(path.parent)
+    return load(path), transformers.AutoTokenizer.from_pretrained(path.parent)
 
 
 @settings(deadline=None)
@@ -162,7 +162,7 @@ def test_bos_is_added_by_the_post_processor_alone(tmp_path: Path) -> None:
     for adds_bos in (False, True):
         path = make_byte_level(tmp_path / str(adds_bos), adds_bos)
         edit_json(path.with_name("tokenizer_config.json"), add_bos_token=not adds_bos)
-        theirs = AutoTokenizer.from_pretrained(path.parent)
+        theirs = transformers.AutoTokenizer.from_pretrained(path.parent)
         assert load(path).encode("a", bos=True, eos=False) == theirs("a").input_ids
         assert load(path).adds_bos == adds_bos
 
@@ -210,7 +210,7 @@ def test_special_tokens_are_found_in_the_files_around(
     tokenizer = load(path)
     assert (tokenizer.bos_id, tokenizer.eos_id) == expected
     if model is None and "<not a token>" not in config.values():
-        theirs = AutoTokenizer.from_pretrained(tmp_path)
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
         assert (theirs.bos_token_id, theirs.eos_token_id) == expected
 
 
@@ -231,7 +231,7 @@ def test_an_ordinary_token_that_is_named_eos_becomes_special(tmp_path: Path) -> 
     backend = json.loads(path.read_text())
     backend["model"]["vocab"]["film"] = len(backend["model"]["vocab"])
     path.write_text(json.dumps(backend))
-    ours, theirs = load(path), AutoTokenizer.from_pretrained(tmp_path)
+    ours, theirs = load(path), transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert ours.eos_id == theirs.eos_token_id == backend["model"]["vocab"]["film"]
     tokens = ours.encode_text("a film.")
     assert ours.eos_id in tokens and tokens == theirs("a film.", add_special_tokens=False).input_ids
@@ -244,7 +244,7 @@ def test_special_tokens_in_a_text_are_found_unless_the_config_says_otherwise(
 ) -> None:
     path = make_byte_level(tmp_path)
     edit_json(path.with_name("tokenizer_config.json"), split_special_tokens=split)
-    ours, theirs = load(path), AutoTokenizer.from_pretrained(tmp_path)
+    ours, theirs = load(path), transformers.AutoTokenizer.from_pretrained(tmp_path)
     text = f"one{END}two"
     assert ours.encode_text(text) == theirs(text, add_special_tokens=False).input_ids
     assert (1 in ours.encode_text(text)) != split
@@ -256,7 +256,7 @@ def test_truncation_and_padding_of_the_file_are_ignored(tmp_path: Path) -> None:
     backend.enable_truncation(2)
     backend.enable_padding(length=50)
     backend.save(str(path))
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert load(path).encode(CORPUS[0], bos=True, eos=False) == theirs(CORPUS[0]).input_ids
     assert len(load(path).encode_text(CORPUS[0])) > 2
 
@@ -310,7 +310,7 @@ def test_the_files_give_the_same_tokenizer(path: Path, tmp_path: Path) -> None:
     read = read_tokenizer_json(again / "tokenizer.json")
     assert JsonTokenizer(None, read).files() == tokenizer.files()
     assert read_tokenizer_json(again / "tokenizer.json") == read
-    theirs = AutoTokenizer.from_pretrained(again)
+    theirs = transformers.AutoTokenizer.from_pretrained(again)
     for text in TEXTS:
         assert tokenizer.encode(text, bos=True, eos=False) == theirs(text).input_ids, text
 
@@ -483,7 +483,7 @@ def test_autotokenizer_gives_the_tokens_of_a_sentencepiece_model(
     ours = Tokenizer(None, DEMO if options is None else train(tmp_path, **options))
     folder = write_files(tmp_path / "new", ours)
     assert (folder / "tokenizer.model").read_bytes() == ours.content
-    theirs = AutoTokenizer.from_pretrained(folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
     copy = load(folder / "tokenizer.json")
     for text in TEXTS:
         tokens = ours.encode(text, bos=True, eos=False)
@@ -513,7 +513,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any]:
     """The demo's tokenizer, and AutoTokenizer's."""
     ours = Tokenizer(None, DEMO)
     folder = write_files(tmp_path_factory.mktemp("demo"), ours)
-    return ours, AutoTokenizer.from_pretrained(folder)
+    return ours, transformers.AutoTokenizer.from_pretrained(folder)
 
 
 @settings(deadline=None)
@@ -531,7 +531,7 @@ def test_pieces_of_equal_score_are_merged_from_the_left(tmp_path: Path) -> None:
     for length in (2, 3, 5):
         content += added_piece("\u2581" * length, -1e9)
     ours = Tokenizer(None, content)
-    theirs = AutoTokenizer.from_pretrained(write_files(tmp_path / "new", ours))
+    theirs = transformers.AutoTokenizer.from_pretrained(write_files(tmp_path / "new", ours))
     for length in range(40):
         for text in (" " * length, " " * length + "a", "a" + " " * length + "b  c"):
             assert theirs(text).input_ids == ours.encode(text, bos=True, eos=False), repr(text)
@@ -541,7 +541,7 @@ def test_pieces_of_equal_score_are_merged_from_the_left(tmp_path: Path) -> None:
 def test_control_pieces_are_never_merged_from_a_text(tmp_path: Path) -> None:
     added = [added_piece(piece, -1.0) for piece in ("<", ">", "s>")]
     ours = Tokenizer(None, train(tmp_path) + b"".join(added))
-    theirs = AutoTokenizer.from_pretrained(write_files(tmp_path / "new", ours))
+    theirs = transformers.AutoTokenizer.from_pretrained(write_files(tmp_path / "new", ours))
     tokens = ours.encode("<s>", bos=True, eos=False)
     assert theirs("<s>").input_ids == tokens and 1 not in tokens[1:]
 

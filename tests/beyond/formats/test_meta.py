@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
-from transformers import LlamaConfig as HuggingFaceConfig
-from transformers import LlamaForCausalLM
 
 from beyond.formats.meta import hidden_size, read_meta
 from llama import Llama
@@ -40,11 +39,11 @@ NAMES = {  # Hugging Face's -> Meta's
 }
 
 
-def make_model(hidden_dim: int = HIDDEN_DIM, **values: Any) -> LlamaForCausalLM:
+def make_model(hidden_dim: int = HIDDEN_DIM, **values: Any) -> "transformers.LlamaForCausalLM":
     """Make a random model of transformers; all its weights are numbers of bfloat16."""
     torch.manual_seed(0)
     values = {"rms_norm_eps": 1e-4, "rope_theta": 500000.0, "tie_word_embeddings": False} | values
-    config = HuggingFaceConfig(
+    config = transformers.LlamaConfig(
         vocab_size=77,
         hidden_size=40,
         intermediate_size=hidden_dim,
@@ -54,13 +53,13 @@ def make_model(hidden_dim: int = HIDDEN_DIM, **values: Any) -> LlamaForCausalLM:
         pad_token_id=None,
         **values,
     )
-    model = LlamaForCausalLM(config).eval()
+    model = transformers.LlamaForCausalLM(config).eval()
     for parameter in model.parameters():
         parameter.data = (0.3 * torch.randn_like(parameter)).bfloat16().float()
     return model
 
 
-def meta_weights(model: LlamaForCausalLM) -> dict[str, Tensor]:
+def meta_weights(model: "transformers.LlamaForCausalLM") -> dict[str, Tensor]:
     """Return a model's weights in bfloat16 as Meta names and orders them."""
     weights = {}
     for name, tensor in model.state_dict().items():
@@ -86,7 +85,7 @@ def load(folder: Path) -> Llama:
 
 
 @torch.inference_mode()
-def assert_same_logits(folder: Path, model: LlamaForCausalLM) -> None:
+def assert_same_logits(folder: Path, model: "transformers.LlamaForCausalLM") -> None:
     logits, _ = load(folder)(TOKENS, TOKENS)
     torch.testing.assert_close(logits, model(TOKENS).logits, atol=1e-4, rtol=0)
 

@@ -21,9 +21,11 @@ from tests.conftest import make_llama, pad_rows
 MakeIngredient = Callable[[LlamaEmbeddingClassifier], Ingredient]
 
 
-def make_classifier(causal: bool = True, dropout: float = 0.0) -> LlamaEmbeddingClassifier:
+def make_classifier(
+    causal: bool = True, dropout: float = 0.0, **shape: int
+) -> LlamaEmbeddingClassifier:
     """Make a classifier of two labels on a tiny model, in eval mode, always the same."""
-    llama = make_llama(causal, dropout=dropout)
+    llama = make_llama(causal, dropout=dropout, **shape)
     return LlamaEmbeddingClassifier(ClassifierConfig(2, "", dropout, "finetune"), llama).eval()
 
 

@@ -248,25 +248,6 @@ def test_bfloat16(workplace: Path) -> None:
     assert kept([*LORA, "--dtype", "bfloat16"]).keys() == saved(Path()).keys()
 
 
-@pytest.mark.filterwarnings("ignore:.*lru_cache")
-def test_compiled_model_gives_the_same() -> None:
-    """Traced by the real compiler, in training and merged; without the C++ that it writes."""
-    rows, outputs = make_rows(), []
-    for is_compiled in (False, True):
-        method = make_lora(make_classifier())
-        llama = method.classifier.llama
-        if is_compiled:
-            compiled = torch.compile(llama.compute_hidden, backend="eager", dynamic=True)
-            llama.compute_hidden = compiled  # type: ignore[method-assign]
-        train_steps(method)
-        outputs.append(method.classifier(rows.tokens, rows.lengths))
-        with method.kept_weights():
-            outputs.append(method.classifier(rows.tokens, rows.lengths))
-        outputs.append(method.classifier(rows.tokens, rows.lengths))
-    for output in outputs[1:]:
-        torch.testing.assert_close(output, outputs[0], atol=1e-5, rtol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [

@@ -46,7 +46,9 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", ["layers", "lora", pytest.param("frozen", marks=pytest.mark.sweep)]
+)
 def test_a_resumed_run_ends_as_if_it_had_not_been_interrupted(
     run_forks: RunForks, workplace: Path, name: str
 ) -> None:

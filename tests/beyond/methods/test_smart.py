@@ -36,12 +36,13 @@ class Oracle:
         self.weights = {name: w.double().clone() for name, w in classifier.state_dict().items()}
         self.rows = rows
         self.causal = classifier.llama.config.causal
+        # Every position gets a token of its own, whose embedding is the changed one.
+        length = rows.tokens.shape[1]
+        self.llama = make_llama(self.causal, **TINY, vocab_size=length).double()
 
     def log_probs(self, row: int, delta: np.ndarray) -> np.ndarray:
         """Of one row; delta: (seq, dim)."""
         tokens = self.rows.tokens[row]
-        # Every position gets a token of its own, whose embedding is the changed one.
-        llama = make_llama(self.causal, **TINY, vocab_size=len(tokens)).double()
         own = {
             name.removeprefix("llama."): w
             for name, w in self.weights.items()
@@ -49,8 +50,8 @@ class Oracle:
         }
         embeddings = self.weights["llama.tok_embeddings.weight"][tokens] + torch.tensor(delta)
         names = ("tok_embeddings.weight", "output.weight")
-        llama.load_state_dict(own | dict.fromkeys(names, embeddings))
-        _, hidden = numpy_forward(llama, torch.arange(len(tokens))[None])
+        self.llama.load_state_dict(own | dict.fromkeys(names, embeddings))
+        _, hidden = numpy_forward(self.llama, torch.arange(len(tokens))[None])
         last = int(self.rows.lengths[row]) - 1 if self.causal else -1
         head, bias = (
             self.weights[f"classifier_head.{part}"].numpy() for part in ("weight", "bias")
