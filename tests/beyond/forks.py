@@ -42,12 +42,10 @@ FAILED = 70  # status of a fork that did not come to its end as a program does
 PIPES = (1, 2)  # file descriptors of standard output and standard error
 # A run imports these at its first step or its first picture.
 PICTURES = ("Bmp", "Gif", "Jpeg", "Png", "Ppm")
-LATE_IMPORTS: tuple[str, ...] = (
-    "torch._dynamo",
-    "torch.utils.tensorboard",
-    "tensorboard.plugins.hparams.api_pb2",
+LATE_IMPORTS = (
+    *("torch._dynamo", "torch.utils.tensorboard", "tensorboard.plugins.hparams.api_pb2"),
+    *(f"PIL.{name}ImagePlugin" for name in PICTURES),
 )
-LATE_IMPORTS += tuple(f"PIL.{name}ImagePlugin" for name in PICTURES)
 # Pretraining samples a text after each epoch. In the tests it is short, in this process and in the
 # warm one, or it would take as long as the rest of a run.
 beyond.pretraining.SAMPLE_TOKENS = 10
