@@ -286,9 +286,9 @@ def test_compile(workplace: Path, monkeypatch: pytest.MonkeyPatch, task: str) ->
     used: list[str] = []
 
     def compile_model(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
-        def compiled(*inputs: Any) -> Any:
+        def compiled(*inputs: Any, **options: Any) -> Any:
             used.append("compiled")
-            return function(*inputs)
+            return function(*inputs, **options)
 
         return compiled
 
@@ -361,13 +361,18 @@ def test_the_prompts_trailing_space_is_tokenized(
 ) -> None:
     """All published zero-shot accuracies depend on it."""
     encoded: list[str] = []
-    encode = Tokenizer.encode
+    encode_text, encode_texts = Tokenizer.encode_text, Tokenizer.encode_texts
 
-    def recording(self: Tokenizer, s: str, bos: bool, eos: bool) -> list[int]:
-        encoded.append(s)
-        return encode(self, s, bos, eos)
+    def recording(self: Tokenizer, text: str) -> list[int]:
+        encoded.append(text)
+        return encode_text(self, text)
 
-    monkeypatch.setattr(Tokenizer, "encode", recording)
+    def recording_all(self: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+        encoded.extend(texts)
+        return encode_texts(self, texts)
+
+    monkeypatch.setattr(Tokenizer, "encode_text", recording)
+    monkeypatch.setattr(Tokenizer, "encode_texts", recording_all)
     assert main(BASE["prompt"]) == 0
     sentences = [line.split(" ||| ")[1] for line in SENTENCES]
     prompts = [f"{sentence} Is this movie bad or good? This movie is " for sentence in sentences]
