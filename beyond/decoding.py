@@ -86,7 +86,7 @@ class KVCache:
         if start == 0:
             shape = (2, batch, n_kv_heads, self.capacity, head_dim)
             if key.device.type == "cpu":
-                self.both = MEMORY.empty(shape, torch.float32)
+                self.both = MEMORY.alone(shape, torch.float32)
             else:
                 self.both = key.new_empty(shape, dtype=torch.float32)
             self.keys, self.values = self.both

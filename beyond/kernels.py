@@ -50,7 +50,10 @@ class HugePages:
         self.rest = torch.empty(0, dtype=torch.uint8)  # what is left of the last chunk
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Return a tensor on the CPU, with values that are not set."""
+        """Return a tensor on the CPU, with values that are not set.
+
+        It shares a chunk of memory with others, which is freed when none of them is used.
+        """
         size = math.prod(shape) * dtype.itemsize
         if not hasattr(mmap, "MADV_HUGEPAGE"):
             return torch.empty(shape, dtype=dtype)
@@ -58,6 +61,16 @@ class HugePages:
             self.rest = self.new_chunk(max(size, self.CHUNK))
         taken, self.rest = self.rest[:size], self.rest[-(-size // 64) * 64 :]
         return taken.view(dtype).view(shape)
+
+    def alone(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Do what `empty` does, in memory of its own, which is freed with the tensor.
+
+        What is smaller than a huge page is in pages of 4 KiB.
+        """
+        size = math.prod(shape) * dtype.itemsize
+        if size < self.PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+            return torch.empty(shape, dtype=dtype)
+        return self.new_chunk(size).view(dtype).view(shape)
 
     def copy(self, x: Tensor) -> Tensor:
         """Return a contiguous copy of a tensor; on a GPU `x` itself, made contiguous."""

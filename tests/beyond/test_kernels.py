@@ -1,6 +1,7 @@
 """How matrices are stored: what each storage computes, and how the choice is measured and kept."""
 
 import json
+import math
 import mmap
 import time
 from collections.abc import Callable
@@ -78,6 +79,11 @@ def test_copies_in_huge_pages_are_tensors_of_their_own(
     for x, copy in zip([*tensors, tensors[2].t()], copies, strict=True):
         assert torch.equal(x, copy) and copy.data_ptr() % 64 == 0
     copies[0].zero_()
+    assert all(map(torch.equal, tensors[1:], copies[1:]))
+    monkeypatch.setattr(memory, "PAGE", 4096)
+    for shape in ((3, 7), (5, 7, 300)):  # smaller and larger than a page
+        own = memory.alone(shape, torch.float32)
+        assert own.fill_(2).sum() == 2 * math.prod(shape) and own.is_contiguous()
     assert all(map(torch.equal, tensors[1:], copies[1:]))
 
 
