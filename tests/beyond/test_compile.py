@@ -68,13 +68,13 @@ def test_compiled_lora_gives_the_same() -> None:
 
 
 def test_compile_without_a_compiler_is_one_line(
-    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import torch._inductor.config  # here, since it takes a second
 
     save_llama(make_llama(causal=False, n_layers=1), Path("stories42M.pt"))
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "/nowhere/g++"))
-    status, _, err = run([*PROMPT, "--compile"], capsys)
+    with torch._inductor.config.patch({"cpp.cxx": (None, "/nowhere/g++")}):
+        status, _, err = run([*PROMPT, "--compile"], capsys)
     assert status == 2 and err.count("\n") == 1
     assert re.match("run_llama.py: error: --compile: .*No working C\\+\\+ compiler", err)
     assert err.endswith("; install a C++ compiler such as g++, or leave --compile out\n")

@@ -121,9 +121,9 @@ def test_without_a_compiler_the_model_decodes_eagerly(
     """One line says so, and the text is the same."""
     import torch._inductor.config
 
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "/nowhere/g++"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(workplace / "compiled"))
-    status, out, err = run([*ARGV, "--compile"], capsys)
+    with torch._inductor.config.patch({"cpp.cxx": (None, "/nowhere/g++")}):
+        status, out, err = run([*ARGV, "--compile"], capsys)
     assert (status, err) == (0, "") and "Traceback" not in out
     [line] = [line for line in out.splitlines() if line.startswith("--compile: ")]
     assert "decodes without it, since PyTorch finds no C++ compiler" in line
