@@ -564,10 +564,10 @@ class DecodingLlama(Llama):
         return normalise(h, config).view(batch, -1, config.dim)
 
     def new_caches(self, length: int) -> list[KVCache]:
-        """Make a cache for each layer, for `length` positions or as many as the model takes."""
-        capacity = self.config.max_seq_len
-        if not self.compiled:  # which is compiled for caches of one capacity
-            capacity = min(length, capacity)
+        """Make a cache for each layer, for `length` positions, but no more than the model takes."""
+        longest = self.config.max_seq_len
+        # Another capacity is another memory layout, for which the step would be compiled again.
+        capacity = longest if self.compiled else min(length, longest)
         return [KVCache(capacity) for _ in self.decoding_layers]
 
     def compute_window(
