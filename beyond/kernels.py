@@ -9,6 +9,7 @@ kept makes two equal runs equal in every bit. Without measurements `DEFAULTS` de
 """
 
 import contextlib
+import itertools
 import json
 import math
 import mmap
@@ -16,7 +17,8 @@ import os
 import platform
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -142,22 +144,6 @@ class Columns(Rows):
         self.stored = MEMORY.copy(weight.t()).t()
 
 
-class RowBlocks(Storage):
-    """Equal blocks of rows; the kernel is BLAS's batched product, a block for each batch entry."""
-
-    def __init__(self, weight: Tensor, blocks: int) -> None:
-        self.stored = MEMORY.copy(weight).view(blocks, len(weight) // blocks, -1)
-
-    @property
-    def matrix(self) -> Tensor:
-        return self.stored.flatten(0, 1)
-
-    def accumulate(self, out: Tensor, x: Tensor, alpha: float, beta: float) -> None:
-        blocks, rows, size = self.stored.shape
-        vectors = x.as_strided((blocks, size, 1), (0, 1, 1))  # the same vector for every block
-        out.view(blocks, rows, 1).baddbmm_(self.stored, vectors, alpha=alpha, beta=beta)
-
-
 class ColumnBlocks(Storage):
     """Equal blocks of rows, each stored column by column; the kernel is the batched product."""
 
@@ -179,33 +165,60 @@ class ColumnBlocks(Storage):
         out.view(blocks, 1, rows).baddbmm_(vectors, self.stored, alpha=alpha, beta=beta)
 
 
-# The storages by name; a block storage is for shapes whose `out` is a multiple of the blocks.
-STORAGES = (
-    "rows",
-    "columns",
-    "2 row blocks",
-    "8 row blocks",
-    "8 column blocks",
-    "32 column blocks",
-)
-BLOCKS: dict[str, Callable[[Tensor, int], Storage]] = {
-    "row blocks": RowBlocks,
-    "column blocks": ColumnBlocks,
+class Bags(Storage):
+    """Equal blocks of rows, each stored column by column; the kernel is an embedding bag.
+
+    W x is a sum of W's columns, weighted by x. An embedding bag computes just that: the weighted
+    sum of some rows of a table, here of a block's columns, and each block is one bag.
+    """
+
+    def __init__(self, weight: Tensor, rows: int) -> None:
+        blocks = weight.contiguous().view(-1, rows, weight.shape[1]).transpose(1, 2)
+        num_blocks, size, _ = blocks.shape
+        self.stored = MEMORY.copy(blocks)  # (blocks, in, rows)
+        self.table = self.stored.view(-1, rows)
+        self.columns = torch.arange(num_blocks * size, device=weight.device)
+        self.starts = torch.arange(0, num_blocks * size, size, device=weight.device)
+        self.factors = torch.empty(num_blocks, size, dtype=weight.dtype, device=weight.device)
+
+    @property
+    def matrix(self) -> Tensor:
+        return self.stored.transpose(1, 2).flatten(0, 1)  # a copy
+
+    def accumulate(self, out: Tensor, x: Tensor, alpha: float, beta: float) -> None:
+        torch.mul(x.expand_as(self.factors), alpha, out=self.factors)
+        factors = self.factors.view(-1)
+        sums = F.embedding_bag(
+            self.columns, self.table, self.starts, mode="sum", per_sample_weights=factors
+        ).view(-1)
+        if beta == 0:
+            out.copy_(sums)
+        elif beta == 1:
+            out.add_(sums)
+        else:
+            out.mul_(beta).add_(sums)
+
+
+# The storages by name, each with the number that a matrix's `out` must be a multiple of.
+STORAGES: Mapping[str, tuple[int, Callable[[Tensor], Storage]]] = {
+    "rows": (1, Rows),
+    "columns": (1, Columns),
+    "8 column blocks": (8, partial(ColumnBlocks, blocks=8)),
+    "32 column blocks": (32, partial(ColumnBlocks, blocks=32)),
+    "bags of 64 rows": (64, partial(Bags, rows=64)),
+    "bags of 128 rows": (128, partial(Bags, rows=128)),
 }
 
 
 def fits(name: str, shape: Shape) -> bool:
     """Return whether a storage can hold a matrix of this shape."""
-    number, _, kind = name.partition(" ")
-    return not kind or shape[0] % int(number) == 0
+    return shape[0] % STORAGES[name][0] == 0
 
 
 def store(name: str, weight: Tensor) -> Storage:
     """Store a matrix in the named way; row by row if its shape does not fit."""
-    number, _, kind = name.partition(" ")
-    if kind and fits(name, (weight.shape[0], weight.shape[1])):
-        return BLOCKS[kind](weight, int(number))
-    return Columns(weight) if name == "columns" else Rows(weight)
+    make = STORAGES[name][1] if fits(name, (weight.shape[0], weight.shape[1])) else Rows
+    return make(weight)
 
 
 # ------------------------------------------------------------------------------------- the choice
@@ -216,12 +229,12 @@ Choice = Mapping[Shape, str]  # the storage of each shape; of a shape that is mi
 
 
 def choose_storages(
-    shapes: Iterable[Shape], dtype: torch.dtype, note: Callable[[str], None]
+    shapes: Sequence[Shape], dtype: torch.dtype, note: Callable[[str], None]
 ) -> Choice:
     """Return the fastest storage of each shape on this machine, measuring what was not measured.
 
     Args:
-        shapes: (out, in) of the matrices.
+        shapes: (out, in) of all matrices, in the order in which the model reads them.
         dtype: of their weights.
         note: called with one line that says where the choice comes from.
 
@@ -232,19 +245,19 @@ def choose_storages(
     """
     try:
         path = results_file()
-        shapes = sorted(set(shapes))
         measured = read_results(path)
-        own = {shape: measured.get(result_key(shape, dtype), {}) for shape in shapes}
+        own = {shape: measured.get(result_key(shape, dtype), {}) for shape in sorted(set(shapes))}
         missing = [shape for shape, rates in own.items() if not rates]
         source = f"kept in {path}"
         if missing:
             write_results(path, {})  # before the work, in case this is not possible
-            with BusyCheck() as check:
-                own |= {shape: measure(shape, dtype) for shape in missing}
+            start, check = time.perf_counter(), BusyCheck()
+            rates = measure(shapes, dtype, check)
+            own |= {shape: rates[shape] for shape in missing}
             if check.is_busy:
                 note("kernels: the defaults, since other programs use this machine")
                 return {}
-            source = f"measured in {check.seconds:.1f} s and {source}"
+            source = f"measured in {time.perf_counter() - start:.1f} s and {source}"
             write_results(path, {result_key(shape, dtype): own[shape] for shape in missing})
     except (OSError, RuntimeError) as error:  # no home folder is a RuntimeError
         note(f"kernels: the defaults, since measurements cannot be kept: {error}")
@@ -259,27 +272,31 @@ def choose_storages(
 
 
 class BusyCheck:
-    """Finds out whether this process had to share its processors during a `with` block.
+    """Finds out whether this process had to share its processors during `with` blocks.
 
     Measurements would then say more about the other programs than about the kernels.
-
-    Attributes:
-        seconds: that the block took.
-        is_busy: whether this process was interrupted often, or waited for a processor.
     """
 
-    INTERRUPTIONS = 50  # per second; without other programs there are a few
+    INTERRUPTIONS = 100  # per second; without other programs there are up to 50
 
-    def __enter__(self) -> "BusyCheck":
+    def __init__(self) -> None:
+        self.total = (0.0, 0.0, 0)
+
+    def __enter__(self) -> None:
         self.start = self.read()
-        return self
 
     def __exit__(self, *_: object) -> None:
         wall, cpu, switches = (
-            end - start for end, start in zip(self.read(), self.start, strict=True)
+            total + end - start
+            for total, end, start in zip(self.total, self.read(), self.start, strict=True)
         )
-        self.seconds = wall
-        self.is_busy = cpu < 0.9 * wall or switches > max(5, self.INTERRUPTIONS * wall)
+        self.total = (wall, cpu, int(switches))
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether this process was interrupted often, or waited for a processor."""
+        wall, cpu, switches = self.total
+        return cpu < 0.9 * wall or switches > max(5, self.INTERRUPTIONS * wall)
 
     @staticmethod
     def read() -> tuple[float, float, int]:
@@ -297,27 +314,59 @@ def pick(rates: Mapping[str, float], default: str) -> str:
     return best if rates[best] > MARGIN * rates.get(default, 0.0) else default
 
 
-MEASURED_BYTES = 96 * 2**20  # read per round: more than fits into a processor's cache
+MEASURED_BYTES = 256 * 2**20  # of the matrices that a round reads
 ROUNDS = 5
 
 
-def measure(shape: Shape, dtype: torch.dtype) -> dict[str, float]:
-    """Measure all storages that fit a shape; returns GB/s by name, from the best of five rounds."""
-    size = shape[0] * shape[1] * dtype.itemsize
-    copies = max(2, math.ceil(MEASURED_BYTES / size))
-    weight = torch.full(shape, 0.01, dtype=dtype)
-    x, out = torch.full(shape[1:], 0.01, dtype=dtype), torch.zeros(shape[:1], dtype=dtype)
-    rates = {}
-    for name in filter(lambda name: fits(name, shape), STORAGES):
-        storages = [store(name, weight) for _ in range(copies)]
-        seconds = []
-        for _ in range(ROUNDS):
-            start = time.perf_counter()
-            for storage in storages:
-                storage.accumulate(out, x, 1.0, 0.0)
-            seconds.append(time.perf_counter() - start)
-        rates[name] = round(copies * size / min(seconds) / 1e9, 1)
+def measure(
+    shapes: Sequence[Shape], dtype: torch.dtype, check: BusyCheck
+) -> dict[Shape, dict[str, float]]:
+    """Measure all storages that fit each shape.
+
+    Each round measures every storage, since the rate of the memory itself changes with time.
+
+    Args:
+        shapes, dtype: as in `choose_storages`.
+        check: covers all that is timed.
+
+    Returns:
+        GB/s by shape and name of the storage, from the best of five rounds.
+    """
+    chosen: list[Shape] = []
+    left = MEASURED_BYTES
+    for shape in shapes:
+        left -= shape[0] * shape[1] * dtype.itemsize
+        if left >= 0 or shape not in chosen:
+            chosen.append(shape)
+    rates: dict[Shape, dict[str, float]] = {shape: {} for shape in chosen}
+    for _, name in itertools.product(range(ROUNDS), STORAGES):
+        for shape, rate in measure_storage(name, chosen, dtype, check).items():
+            rates[shape][name] = max(rate, rates[shape].get(name, 0.0))
     return rates
+
+
+def measure_storage(
+    name: str, shapes: Sequence[Shape], dtype: torch.dtype, check: BusyCheck
+) -> dict[Shape, float]:
+    """Measure one storage; returns GB/s by shape, where it fits.
+
+    The matrices are read as in a model: each once, in their order, after small operations. A kernel
+    that reads matrices of one shape again and again can be twice as fast.
+    """
+    shapes = [shape for shape in shapes if fits(name, shape)]
+    weights = {shape: torch.full(shape, 0.01, dtype=dtype) for shape in shapes}
+    vectors = {size: torch.full((size,), 0.01, dtype=dtype) for shape in shapes for size in shape}
+    storages = [store(name, weights[shape]) for shape in shapes]
+    for _ in range(2):  # the first pass warms up
+        seconds = dict.fromkeys(shapes, 0.0)
+        with check:
+            for shape, storage in zip(shapes, storages, strict=True):
+                vectors[shape[1]].softmax(0).sum().item()
+                start = time.perf_counter()
+                storage.accumulate(vectors[shape[0]], vectors[shape[1]], 1.0, 0.0)
+                seconds[shape] += time.perf_counter() - start
+    sizes = {shape: shapes.count(shape) * weights[shape].nbytes for shape in shapes}
+    return {shape: round(sizes[shape] / seconds[shape] / 1e9, 1) for shape in weights}
 
 
 # ------------------------------------------------------------------------------ measurements kept
