@@ -1,34 +1,34 @@
-"""Decoding, compiled: the step of one token in C++ that `torch.compile` generates.
+"""Decoding, compiled: the step of one token in C++ that PyTorch's compiler generates.
 
 Products are written as a multiplication and a sum. The compiler turns that into one loop, which
 reads the weights once and converts bfloat16 and int8 in registers. All that happens between two
 products of a layer becomes a few loops too. One layer is compiled, for caches of any length, and
 called for each layer with its own weights, so the work does not grow with the number of layers.
-The compiler keeps its results on disk, so that later runs start faster.
+The result is kept on disk, so that later runs start faster.
 """
 
-import os
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from statistics import median
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from beyond.ahead_of_time import Arguments, DynamicSize, compile_ahead
 from beyond.decoding import DecodingLayer, DecodingLlama, KVCache, Projection
-from beyond.kernels import cache_folder
 from beyond.runtime import is_compiler_error
 from config import LlamaConfig
 
-Matrix = tuple[Tensor, Tensor | None]  # (out, in), and the factors of int8 rows, (out,)
+Matrix = list[Tensor]  # (out, in), and for int8 the factors of its rows, (out,)
 
 
 def product(matrix: Matrix, x: Tensor) -> Tensor:
     """Compute W x for x (in,), float32: (out,), float32."""
-    weight, scales = matrix
+    weight, *scales = matrix
     result = (weight.float() * x).sum(dim=-1)
-    return result if scales is None else result * scales.float()
+    return result * scales[0].float() if scales else result
 
 
 def inverse_norm(x: Tensor, config: LlamaConfig) -> Tensor:
@@ -36,42 +36,67 @@ def inverse_norm(x: Tensor, config: LlamaConfig) -> Tensor:
     return torch.rsqrt(x.square().sum() + config.dim * config.layer_norm_eps)
 
 
-def compute_layer(
-    h: Tensor, rotation: Tensor, past: Tensor, matrices: list[Matrix], config: LlamaConfig
-) -> tuple[Tensor, Tensor]:
-    """Compute `DecodingLayer.step`, but change no argument.
+class LayerStep(nn.Module):
+    """`DecodingLayer.step`, but it changes no argument.
 
     Args:
-        h: (dim,), float32.
-        rotation: (head_dim / 2, 2), cosine and sine.
-        past: (2, n_kv_heads, positions, head_dim), keys and values of the earlier positions.
-        matrices: in the order of `DecodingLayer.projections`.
         config: of the model.
-
-    Returns:
-        h: (dim,), float32.
-        key_value: (2, n_kv_heads, head_dim), of the new position.
     """
-    query_key_value, output, gate_up, down = matrices
-    n_kv_heads, head_dim = config.n_kv_heads, config.head_dim
-    num_rotated = config.n_heads + n_kv_heads
-    # The factor of the norm is the same for all elements, so it can follow the product.
-    heads = (product(query_key_value, h) * inverse_norm(h, config)).view(-1, head_dim)
-    even, odd = heads[:num_rotated].unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = rotation.unbind(-1)
-    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
-    query = rotated[: config.n_heads].view(n_kv_heads, config.n_rep, 1, head_dim)
-    key, value = rotated[config.n_heads :], heads[num_rotated:]  # (n_kv_heads, head_dim)
-    keys, values = past.float()[:, :, None]  # (n_kv_heads, 1, positions, head_dim)
-    scores = (query * keys).sum(dim=-1)  # (n_kv_heads, n_rep, positions)
-    own_score = (query[:, :, 0] * key[:, None]).sum(dim=-1, keepdim=True)
-    weights = torch.cat((scores, own_score), dim=-1).softmax(dim=-1)
-    attended = (weights[:, :, :-1, None] * values).sum(dim=2)  # (n_kv_heads, n_rep, head_dim)
-    attended = attended + weights[:, :, -1:] * value[:, None]
-    h = h + product(output, attended.flatten())
-    gate, up = (product(gate_up, h) * inverse_norm(h, config)).chunk(2)
-    h = h + product(down, F.silu(gate) * up)
-    return h, torch.stack((key, value))
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(
+        self,
+        h: Tensor,
+        rotation: Tensor,
+        past: Tensor,
+        query_key_value: Matrix,
+        output: Matrix,
+        gate_up: Matrix,
+        down: Matrix,
+    ) -> tuple[Tensor, Tensor]:
+        """Compute a layer for the next position of one row.
+
+        Args:
+            h: (dim,), float32.
+            rotation: (head_dim / 2, 2), cosine and sine.
+            past: (2, n_kv_heads, positions, head_dim), keys and values of the earlier positions.
+            query_key_value, output, gate_up, down: the matrices of the layer.
+
+        Returns:
+            h: (dim,), float32.
+            key_value: (2, n_kv_heads, head_dim), of the new position.
+        """
+        config = self.config
+        n_kv_heads, head_dim = config.n_kv_heads, config.head_dim
+        num_rotated = config.n_heads + n_kv_heads
+        # The factor of the norm is the same for all elements, so it can follow the product.
+        heads = (product(query_key_value, h) * inverse_norm(h, config)).view(-1, head_dim)
+        even, odd = heads[:num_rotated].unflatten(-1, (-1, 2)).unbind(-1)
+        cos, sin = rotation.unbind(-1)
+        rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+        query = rotated[: config.n_heads].view(n_kv_heads, config.n_rep, 1, head_dim)
+        key, value = rotated[config.n_heads :], heads[num_rotated:]  # (n_kv_heads, head_dim)
+        keys, values = past[:, :, None]  # (n_kv_heads, 1, positions, head_dim)
+        scores = (query * keys).sum(dim=-1)  # (n_kv_heads, n_rep, positions)
+        own_score = (query[:, :, 0] * key[:, None]).sum(dim=-1, keepdim=True)
+        weights = torch.cat((scores, own_score), dim=-1).softmax(dim=-1)
+        attended = (weights[:, :, :-1, None] * values).sum(dim=2)  # (n_kv_heads, n_rep, head_dim)
+        attended = attended + weights[:, :, -1:] * value[:, None]
+        h = h + product(output, attended.flatten())
+        gate, up = (product(gate_up, h) * inverse_norm(h, config)).chunk(2)
+        h = h + product(down, F.silu(gate) * up)
+        return h, torch.stack((key, value))
+
+
+class Product(nn.Module):
+    """`product` as a module."""
+
+    def forward(self, matrix: Matrix, x: Tensor) -> Tensor:
+        """Compute W x."""
+        return product(matrix, x)
 
 
 class CompiledStep:
@@ -81,33 +106,51 @@ class CompiledStep:
     """
 
     def __init__(self, model: DecodingLlama) -> None:
-        self.config = model.config
-        self.dtype = model.dtype
+        config = self.config = model.config
         self.rotations = torch.view_as_real(model.rotations)[:, 0]  # (max_seq_len, head_dim / 2, 2)
-        self.layers = [as_matrices(layer) for layer in model.decoding_layers]
-        self.head = as_matrix(model.output.projection, model.config.dim)  # type: ignore[arg-type]
-        self.compute_layer = torch.compile(compute_layer)
-        self.product = torch.compile(product)
+        layers = [as_matrices(layer) for layer in model.decoding_layers]
+        head = as_matrix(model.output.projection, config.dim)  # type: ignore[arg-type]
+        self.layers = [[x for matrix in matrices for x in matrix] for matrices in layers]
+        self.head = head
+        # The generated code has the strides of a cache of this capacity, for up to one less.
+        self.capacity = max(config.max_seq_len, 4)
+        past = torch.empty(2, config.n_kv_heads, self.capacity, config.head_dim)[:, :, :2]
+        h = torch.empty(config.dim)
+        key = f"{config} {Path(__file__).read_text(encoding='utf-8')}"
+        layer_example: Arguments = (h, self.rotations[0], past, *layers[0])
+        sizes = DynamicSize(argument=2, dim=2, largest=self.capacity - 1)
+        self.compute_layer = compile_ahead(LayerStep(config), layer_example, key, sizes)
+        self.multiply = compile_ahead(Product(), (head, h), key)
 
     def compute_hidden(self, h: Tensor, caches: Sequence[KVCache]) -> Tensor:
-        """Compute the layers for the next position of one row, at h (dim,); returns h."""
+        """Compute the layers for the next position of one row, at h (dim,); returns h.
+
+        Raises:
+            ValueError: the caches were not made by the model's `new_caches`.
+        """
+        if caches[0].capacity != self.capacity:
+            raise ValueError(
+                f"the compiled step takes caches for {self.capacity} positions, "
+                f"not for {caches[0].capacity}"
+            )
         rotation = self.rotations[caches[0].length]
         for matrices, cache in zip(self.layers, caches, strict=True):
             past = cache.row.narrow(2, 0, cache.length)
-            torch._dynamo.mark_dynamic(past, 2)
-            h, key_value = self.compute_layer(h, rotation, past, matrices, self.config)
+            h, key_value = self.compute_layer([h, rotation, past, *matrices])
             cache.append(key_value)
         return h
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """Compute logits (vocab,), float32, of hidden (dim,), float32."""
-        return self.product(self.head, hidden)
+        [logits] = self.multiply([*self.head, hidden])
+        return logits
 
 
 def as_matrix(projection: Projection, size: int) -> Matrix:
     """Return the weights of a product, row by row and without padding, and their factors."""
     projection.store_rows()
-    return projection.weight[:, :size], projection.scales
+    weight, scales = projection.weight[:, :size], projection.scales
+    return [weight] if scales is None else [weight, scales]
 
 
 def as_matrices(layer: DecodingLayer) -> list[Matrix]:
@@ -126,7 +169,6 @@ def compile_for_decoding(model: DecodingLlama, note: Callable[[str], None]) -> N
         model: on the CPU.
         note: called with one line.
     """
-    keep_results_on_disk()
     eager = seconds_per_token(model)
     start = time.perf_counter()
     try:
@@ -152,17 +194,6 @@ def use(model: DecodingLlama, compiled: CompiledStep | None) -> None:
     """Let a model compute single tokens with its compiled step, or without one."""
     model.compiled = compiled
     model.output.compute_logits = compiled and compiled.compute_logits  # type: ignore[assignment]
-
-
-def keep_results_on_disk() -> None:
-    """Let the compiler keep its results in the user's cache folder, if that can be written."""
-    try:
-        folder = cache_folder() / "compiled"
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):
-        return  # then they are kept in the folder for temporary files
-    if os.access(folder, os.W_OK):
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
 @torch.no_grad()

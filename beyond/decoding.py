@@ -457,7 +457,13 @@ def likeliest(logits: Tensor, count: int) -> Tensor:
 
 
 class CompiledStep(Protocol):
-    """The step of one token, compiled; see `compiled_decoding.py`."""
+    """The step of one token, compiled; see `compiled_decoding.py`.
+
+    Attributes:
+        capacity: of the caches that it takes.
+    """
+
+    capacity: int
 
     def compute_hidden(self, h: Tensor, caches: Sequence[KVCache]) -> Tensor:
         """Compute the layers for the next position of one row, at h (dim,); returns h."""
@@ -565,9 +571,9 @@ class DecodingLlama(Llama):
 
     def new_caches(self, length: int) -> list[KVCache]:
         """Make a cache for each layer, for `length` positions, but no more than the model takes."""
-        longest = self.config.max_seq_len
-        # Another capacity is another memory layout, for which the step would be compiled again.
-        capacity = longest if self.compiled else min(length, longest)
+        capacity = min(length, self.config.max_seq_len)
+        if self.compiled:
+            capacity = self.compiled.capacity
         return [KVCache(capacity) for _ in self.decoding_layers]
 
     def compute_window(

@@ -3,17 +3,18 @@
 Compiling takes many seconds, so most tests run the function that would be compiled.
 """
 
-import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
+from beyond import compiled_decoding
+from beyond.ahead_of_time import Compiled
 from beyond.compiled_decoding import compile_for_decoding
-from beyond.decoding import DecodingLlama, prepare_for_decoding
+from beyond.decoding import DecodingLlama, KVCache, prepare_for_decoding
 from llama import Llama
 from tests.conftest import make_llama
 from tests.test_run_llama import run
@@ -33,21 +34,33 @@ LOW = "output/task_1/generated-sentence-temp-0.txt"
 
 
 @pytest.fixture
-def uncompiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """The names of the functions that are called although they should be compiled."""
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the modules that are called although they should be compiled."""
     called: list[str] = []
 
-    def compile_function(function: Callable[..., Any]) -> Callable[..., Any]:
-        def compiled(*args: Any) -> Any:
-            called.append(function.__name__)
-            return function(*args)
+    def compile_ahead(module: nn.Module, example: tuple[Any, ...], *_: Any) -> Compiled:
+        run = uncompiled_module(module, example)
+
+        def compiled(tensors: list[Tensor]) -> list[Tensor]:
+            called.append(type(module).__name__)
+            return run(tensors)
 
         return compiled
 
-    monkeypatch.setattr(torch, "compile", compile_function)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(compiled_decoding, "compile_ahead", compile_ahead)
     return called
+
+
+def uncompiled_module(module: nn.Module, example: tuple[Any, ...], *_: Any) -> Compiled:
+    """Do what `compile_ahead` does, without a compiler."""
+
+    def run(tensors: list[Tensor]) -> list[Tensor]:
+        parts = iter(tensors)
+        args = [[next(parts) for _ in x] if isinstance(x, list) else next(parts) for x in example]
+        results = module(*args)
+        return list(results) if isinstance(results, tuple) else [results]
+
+    return run
 
 
 def make_pair(llama: Llama, dtype: torch.dtype, quantize: bool) -> list[DecodingLlama]:
@@ -77,8 +90,8 @@ def test_the_step_computes_what_the_eager_one_does(
         rows = [model.compute_hidden(tokens[:, :1], caches)]
         rows += [model.compute_hidden(tokens[:, i : i + 1], caches) for i in range(1, 12)]
         logits.append(torch.cat([model.output(row[:, 0]) for row in rows]))
-    assert uncompiled.count("compute_layer") == 10 * len(eager.decoding_layers)
-    assert uncompiled.count("product") == 12
+    assert uncompiled.count("LayerStep") == 10 * len(eager.decoding_layers)
+    assert uncompiled.count("Product") == 12
     if dtype == torch.float32:
         torch.testing.assert_close(logits[1], logits[0], atol=1e-5, rtol=1e-5)
         expected = llama.generate(tokens[:, :1], 40, 0.0)
@@ -121,7 +134,7 @@ def test_without_a_compiler_the_model_decodes_eagerly(
     """One line says so, and the text is the same."""
     import torch._inductor.config
 
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(workplace / "compiled"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(workplace / "cache"))
     with torch._inductor.config.patch({"cpp.cxx": (None, "/nowhere/g++")}):
         status, out, err = run([*ARGV, "--compile"], capsys)
     assert (status, err) == (0, "") and "Traceback" not in out
@@ -131,37 +144,57 @@ def test_without_a_compiler_the_model_decodes_eagerly(
     assert run(ARGV, capsys)[0] == 0 and Path(LOW).read_text(encoding="utf-8") == text
 
 
-def test_results_of_the_compiler_are_kept_in_the_cache_folder(
-    uncompiled: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = prepare_for_decoding(make_llama(causal=True))
-    assert isinstance(model, DecodingLlama)
-    compile_for_decoding(model, lambda note: None)
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path)  # the user's own choice
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-    compile_for_decoding(model, lambda note: None)
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "min-llama/compiled")
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    (tmp_path / "file").touch()
-    compile_for_decoding(model, lambda note: None)
-    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+def test_caches_of_another_size_are_refused(uncompiled: list[str]) -> None:
+    """The generated code would read memory behind them."""
+    _, compiled = make_pair(make_llama(causal=True), torch.float32, False)
+    tokens = torch.arange(4, 9)[None]
+    caches = [KVCache(20) for _ in compiled.decoding_layers]
+    compiled.compute_hidden(tokens, caches)
+    with pytest.raises(ValueError, match="takes caches for 128 positions, not for 20"):
+        compiled.compute_hidden(tokens[:, :1], caches)
 
 
 @pytest.mark.sweep
-@STORED
+@pytest.mark.parametrize(
+    ("dtype", "quantize", "shape"),
+    [
+        (torch.float32, False, {}),
+        (torch.bfloat16, False, {}),
+        (torch.bfloat16, True, {"dim": 40, "n_heads": 5, "n_kv_heads": 5}),
+    ],
+    ids=["float32", "bfloat16", "int8"],
+)
 def test_generated_code_gives_the_tokens_of_its_source(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, quantize: bool
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    quantize: bool,
+    shape: dict[str, Any],
 ) -> None:
-    """In float32 also those of the plain loop; else the eager step rounds activations."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    llama = make_llama(causal=True)
+    """In float32 also those of the plain loop; else the eager step rounds activations.
+
+    A second model loads the files of the first one. A broken file is compiled anew.
+    """
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    llama = make_llama(causal=True, **shape)
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "compile", lambda function: function)
+        patch.setattr(compiled_decoding, "compile_ahead", uncompiled_module)
         _, uncompiled = make_pair(llama, dtype, quantize)
-    _, compiled = make_pair(llama, dtype, quantize)
     tokens = torch.randint(4, 320, (1, 7), generator=torch.Generator().manual_seed(0))
-    actual = compiled.generate(tokens, 60, 0.0)
-    assert torch.equal(actual, uncompiled.generate(tokens, 60, 0.0))
+    expected = uncompiled.generate(tokens, 60, 0.0)
+
+    def check() -> None:
+        _, compiled = make_pair(llama, dtype, quantize)
+        assert torch.equal(compiled.generate(tokens, 60, 0.0), expected)
+
+    check()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.export, "export", None)
+        check()
     if dtype == torch.float32:
-        assert torch.equal(actual, llama.generate(tokens, 60, 0.0))
+        first, second = (tmp_path / "min-llama/compiled").iterdir()
+        first.write_bytes(first.read_bytes()[:1000])
+        second.write_bytes(b"")
+        check()
+        assert min(first.stat().st_size, second.stat().st_size) > 10_000
+        assert torch.equal(expected, llama.generate(tokens, 60, 0.0))
