@@ -6,6 +6,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
 import transformers
@@ -49,8 +50,9 @@ def peak_memory(make_work: MakeWork, what: Sequence[object], device: torch.devic
 
     That is the memory of the GPU, or the resident memory if the work runs on the CPU.
     """
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_memory, (make_work, what, device))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as executor:
+        return executor.submit(_peak_memory, make_work, what, device).result()
 
 
 def quiet_transformers() -> None:

@@ -315,6 +315,7 @@ def fill_in_recipe(values: dict[str, Any]) -> tuple[str, ...]:
     recipe = values.get("recipe")
     if recipe is None:
         return ()
+    given = set(values)
     own = {f.name for f in fields(MethodOptions)}
     method = {name: value for name, value in values.items() if name in own}
     MethodOptions(**method).check_method()
@@ -330,7 +331,9 @@ def fill_in_recipe(values: dict[str, Any]) -> tuple[str, ...]:
                 continue
             method[name] = value
         values[name] = value
-    values["left_to_rule"] = tuple(name for name in RULED if name not in values)
+    # The rule sets what has no value yet, and may change what the recipe has just set.
+    left = [name for name in RULED if name not in values or name in RECIPES[recipe]]
+    values["left_to_rule"] = tuple(name for name in left if name not in given)
     return tuple(notes)
 
 

@@ -448,7 +448,7 @@ class FinetuneOptions(EvaluationOptions, TrainingOptions, MethodOptions):
     @property
     def recipe_flags(self) -> list[str]:
         """The flags that the recipe stands for, with the values in force, as a command has them."""
-        names = [*RECIPES[self.recipe], *RULED] if self.recipe else []
+        names = dict.fromkeys([*RECIPES[self.recipe], *RULED] if self.recipe else [])
         declared = flags_of(type(self))
         return [w for name in names for w in declared[name].words(name, getattr(self, name))]
 

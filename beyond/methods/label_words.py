@@ -87,24 +87,36 @@ def label_ids(label_names: Sequence[str], tokenizer: Tokenizer, prompt: str) -> 
         ValueError: a word is unknown to the tokenizer, or is several tokens, or two words are the
             same token.
     """
-    ids: list[int] = []
-    for name in label_names:
-        tokens = tokenizer.label_tokens(name, f"{prompt} ")
+    tokens = [tokenizer.label_tokens(name, f"{prompt} ") for name in label_names]
+    if problem := problem_of_words(label_names, tokens, tokenizer):
+        raise ValueError(
+            f"--head label_words: {problem}; choose another word (--label-names) or --head linear"
+        )
+    return [token for (token,) in tokens]
+
+
+def problem_of_words(
+    label_names: Sequence[str], tokens: Sequence[Sequence[int]], tokenizer: Tokenizer
+) -> str:
+    """Return what is wrong with the first label word that cannot be used; "" if all can.
+
+    Args:
+        label_names: the label words.
+        tokens: of each of them.
+        tokenizer: of the model.
+    """
+    for i, (name, own) in enumerate(zip(label_names, tokens, strict=True)):
         problem = ""
         # Some tokenizers ignore case; they know the word anyway.
-        if tokenizer.decode(tokens).strip().casefold() != name.strip().casefold():
+        if tokenizer.decode(own).strip().casefold() != name.strip().casefold():
             problem = "is unknown to the tokenizer"
-        elif len(tokens) != 1:
-            problem = f"is {len(tokens)} tokens, not one"
-        elif tokens[0] in ids:
+        elif len(own) != 1:
+            problem = f"is {len(own)} tokens, not one"
+        elif own in tokens[:i]:
             problem = "is the same token as another one"
         if problem:
-            raise ValueError(
-                f"--head label_words: the label word {reprlib.repr(name)} {problem}; choose "
-                "another word (--label-names) or --head linear"
-            )
-        ids += tokens
-    return ids
+            return f"the label word {reprlib.repr(name)} {problem}"
+    return ""
 
 
 class PromptTokenizer(Tokenizer):

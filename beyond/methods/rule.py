@@ -1,13 +1,17 @@
-"""Applying a recipe's rule: rate and epochs, once the checkpoint and the data can be read."""
+"""Applying a recipe's rule, once the checkpoint and the data can be read."""
 
 import shlex
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from beyond.formats.load import load_llama
+from beyond.formats.load import load_llama, load_tokenizer
+from beyond.methods.label_words import problem_of_words
 from beyond.methods.recipes import epochs, learning_rate
 from beyond.options import FinetuneOptions
-from utils import read_lines
+from utils import read_label_names
+
+PROMPT_END = " is "  # what stands before a label word; no token spans the space between them
 
 
 def apply_rule(options: FinetuneOptions) -> FinetuneOptions:
@@ -21,19 +25,33 @@ def apply_rule(options: FinetuneOptions) -> FinetuneOptions:
     """
     if options.recipe is None:
         return options
-    options = resolve_rule(options)
+    head, options = options.head, resolve_rule(options)
+    if options.head != head:
+        problem = problem_of_label_words(options)
+        print(f"recipe {options.recipe}: --head {options.head}, since {problem}")
     print(f"recipe {options.recipe}: {shlex.join(options.recipe_flags)}")
     return options
 
 
 def resolve_rule(options: FinetuneOptions) -> FinetuneOptions:
-    """Return options with the rate and the epochs of the recipe's rule; the errors as above."""
+    """Return options with what the recipe's rule sets; the errors as above."""
     values: dict[str, Any] = {}
+    if "head" in options.left_to_rule and options.head == "label_words":
+        if problem_of_label_words(options):
+            values["head"] = "linear"
     if "lr" in options.left_to_rule:
         # The parameters are counted in the model and not in the file, whose size depends on the
         # dtype, and which may hold a matrix twice.
         llama = load_llama(str(options.pretrained_model_path))
         values["lr"] = learning_rate(sum(p.numel() for p in llama.parameters()))
     if "epochs" in options.left_to_rule:
-        values["epochs"] = epochs(len(read_lines(options.train)))
+        values["epochs"] = epochs(Path(options.train).stat().st_size)
     return replace(options, left_to_rule=(), **values)
+
+
+def problem_of_label_words(options: FinetuneOptions) -> str:
+    """Return why the label words cannot be the head; "" if they can."""
+    names = read_label_names(options.label_names)
+    tokenizer = load_tokenizer(options.max_sentence_len, options.tokenizer_path)
+    tokens = [tokenizer.label_tokens(name, PROMPT_END) for name in names]
+    return problem_of_words(names, tokens, tokenizer)

@@ -19,6 +19,7 @@ from beyond.classroom.parts import PARTS
 parts = pytest.mark.parametrize("part", PARTS, ids=[part.name for part in PARTS])
 
 
+@pytest.mark.sweep
 @parts
 def test_every_two_entries_differ_by_100_tolerances(part: Part) -> None:
     outcomes = [("ours", expected_of(part))]

@@ -25,6 +25,13 @@ SHORT += ["--dev_out", "out/dev-finetuning-output.txt"]
 SHORT += ["--test_out", "out/test-finetuning-output.txt"]
 
 
+@pytest.fixture
+def workplace(workplace: Path) -> Path:
+    """A folder of a run whose label words are a token each."""
+    (workplace / "data/cfimdb-label-mapping.json").write_text('["a", "and"]')
+    return workplace
+
+
 def options_of(*flags: str) -> FinetuneOptions:
     options = get_args([*BETTER, *flags])
     assert isinstance(options, FinetuneOptions)
@@ -33,7 +40,7 @@ def options_of(*flags: str) -> FinetuneOptions:
 
 def printed_recipe(out: str) -> list[str]:
     """Return the words of the line that says which flags a recipe stands for."""
-    (line,) = [line for line in out.splitlines() if line.startswith("recipe ")]
+    (line,) = [line for line in out.splitlines() if line.startswith("recipe better: --causal")]
     return shlex.split(line.removeprefix("recipe better: "))
 
 
@@ -52,7 +59,7 @@ def test_a_recipe_sets_its_flags_and_no_other(workplace: Path, name: str) -> Non
     }
     filepath = f"output/task_3/cfimdb-finetune-{name}.pt"
     assert different == {**RECIPES[name], "recipe": name, "filepath": filepath}
-    assert options.left_to_rule == ("lr", "epochs") and options.notes == ()
+    assert options.left_to_rule == ("head", "lr", "epochs") and options.notes == ()
 
 
 @pytest.mark.parametrize(
@@ -62,9 +69,10 @@ def test_a_recipe_sets_its_flags_and_no_other(workplace: Path, name: str) -> Non
         (["--layer_decay", "1"], {"layer_decay": 1.0}),
         (["--no-causal"], {"causal": False}),
         (["--no-linear-decay"], {"linear_decay": False}),
-        (["--lr", "0.5"], {"lr": 0.5, "left_to_rule": ("epochs",)}),
-        (["--epochs", "1"], {"epochs": 1, "left_to_rule": ("lr",)}),
-        (["--epochs", "1", "--lr", "2e-5"], {"lr": 2e-5, "left_to_rule": ()}),
+        (["--lr", "0.5"], {"lr": 0.5, "left_to_rule": ("head", "epochs")}),
+        (["--epochs", "1"], {"epochs": 1, "left_to_rule": ("head", "lr")}),
+        (["--head", "linear"], {"head": "linear", "left_to_rule": ("lr", "epochs")}),
+        (["--epochs", "1", "--lr", "2e-5"], {"lr": 2e-5, "left_to_rule": ("head",)}),
     ],
 )
 def test_given_flags_override_the_recipe(
@@ -86,18 +94,21 @@ def test_every_switch_of_a_recipe_can_be_switched_off(workplace: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "without"),
     [
-        (["--head", "label_words"], "pooling"),
-        (["--freeze_backbone"], "layer_decay"),
-        (["--lora_rank", "2"], "layer_decay"),
+        (["--pooling", "mean"], ["head"]),
+        (["--freeze_backbone"], ["head", "layer_decay"]),
+        (["--lora_rank", "2"], ["layer_decay"]),
     ],
 )
 def test_a_flag_that_contradicts_a_given_one_is_left_out(
-    workplace: Path, flags: list[str], without: str
+    workplace: Path, flags: list[str], without: list[str]
 ) -> None:
     options = options_of(*flags)
-    assert options.notes == (f"--recipe better without --{without}, which the other flags exclude",)
-    assert getattr(options, without) == getattr(FinetuneOptions, without)
-    for name in RECIPES["better"].keys() - {without}:
+    assert options.notes == tuple(
+        f"--recipe better without --{name}, which the other flags exclude" for name in without
+    )
+    for name in without:
+        assert getattr(resolve_rule(options), name) == getattr(FinetuneOptions, name)
+    for name in RECIPES["better"].keys() - set(without):
         assert getattr(options, name) == RECIPES["better"][name]
 
 
@@ -135,12 +146,34 @@ def test_the_rate_falls_with_the_root_of_the_size() -> None:
     assert (learning_rate(1), learning_rate(10**12)) == (3e-4, 1e-5)  # the limits
 
 
-def test_many_lines_get_fewer_epochs() -> None:
-    assert epochs(1) == epochs(4999) == 5
-    assert epochs(5000) == epochs(10**6) == 3
+def test_more_text_gets_fewer_epochs() -> None:
+    assert epochs(0) == epochs(1) == epochs(300_000) == 10
+    assert epochs(936_994) == 3  # SST
+    assert epochs(1_629_241) == 2  # CFIMDB
+    assert epochs(10**9) == 1
 
 
-def test_the_rule_counts_parameters_and_lines(workplace: Path) -> None:
+def test_label_words_of_several_tokens_are_not_the_head(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Unless they are asked for, which is an error then."""
+    labels = Path("labels.json")
+    for names, head in (["a", "and"], "label_words"), (["a", "bad"], "linear"):
+        labels.write_text(json.dumps(names))
+        flags = ["--label-names", str(labels)]
+        assert resolve_rule(options_of(*flags)).head == head
+        assert resolve_rule(options_of(*flags, "--head", "label_words")).head == "label_words"
+        assert resolve_rule(options_of(*flags, "--head", "linear")).head == "linear"
+        status, out, err = run([*SHORT, *flags, "--epochs", "1"], capsys)
+        assert status == 0, err
+        assert f"recipe better: --causal --head {head} --warmup" in out
+        note = "recipe better: --head linear, since the label word 'bad' is 3 tokens, not one"
+        assert out.count(note) == (head == "linear")
+    status, _, err = run([*SHORT, *flags, "--head", "label_words"], capsys)
+    assert status == 2 and "the label word 'bad' is 3 tokens" in err
+
+
+def test_the_rule_counts_parameters_and_bytes(workplace: Path) -> None:
     """A matrix that is used twice counts once, in whichever dtype the file has it."""
     dim, layers, vocabulary, width = 48, 2, 320, 128  # `SHAPE`; the hidden size of SwiGLU
     attention = dim * dim * 2 + 2 * dim * dim // 2
@@ -148,14 +181,15 @@ def test_the_rule_counts_parameters_and_lines(workplace: Path) -> None:
     llama = make_llama(causal=False)
     assert count == sum(p.numel() for p in llama.parameters())
     options = resolve_rule(options_of())
-    assert (options.lr, options.epochs, options.left_to_rule) == (learning_rate(count), 5, ())
+    assert (options.lr, options.epochs, options.left_to_rule) == (learning_rate(count), 10, ())
     larger = make_llama(causal=False, dim=480, vocab_size=320, n_heads=6, n_kv_heads=6)
     save_llama(larger.half(), Path("large.pt"))
     count = sum(p.numel() for p in larger.parameters())
-    Path("many.txt").write_text("\n".join([SENTENCES[0]] * 5000) + "\n")
+    Path("many.txt").write_text("\n".join([SENTENCES[0]] * 30_000) + "\n")
     flags = ["--pretrained-model-path", "large.pt", "--tokenizer_path", "tokenizer.model"]
     options = resolve_rule(options_of(*flags, "--train", "many.txt"))
-    assert (options.lr, options.epochs) == (learning_rate(count), 3)
+    size = Path("many.txt").stat().st_size
+    assert (options.lr, options.epochs) == (learning_rate(count), epochs(size)) and size > 6e5
     assert options.lr < 1e-4
 
 
@@ -166,21 +200,21 @@ def test_the_rule_reads_checkpoints_of_other_projects(workplace: Path) -> None:
     write_llama2c("model.bin", llama, quantize=False)
     write_huggingface("hub", llama, tokenizer)
     found = [
-        resolve_rule(options_of("--pretrained-model-path", path, "--tokenizer_path", "x"))
+        resolve_rule(
+            options_of("--pretrained-model-path", path, "--tokenizer_path", "tokenizer.model")
+        )
         for path in ("model.pt", "model.bin", "hub")
     ]
     count = sum(p.numel() for p in llama.parameters())
-    assert [(options.lr, options.epochs) for options in found] == [(learning_rate(count), 5)] * 3
+    assert [(options.lr, options.epochs) for options in found] == [(learning_rate(count), 10)] * 3
 
 
 @pytest.mark.parametrize("parameters", [1, 10_000, 42_000_000, 135_000_000, 1_100_000_000, 10**11])
-@pytest.mark.parametrize("lines", [1, 8, 100, 1707, 8544, 100_000, 10**7])
-def test_every_model_and_data_set_gets_a_usable_rate_and_epochs(
-    parameters: int, lines: int
-) -> None:
+@pytest.mark.parametrize("size", [0, 1, 100, 10**5, 936_994, 10**7, 10**12])
+def test_every_model_and_data_set_gets_a_usable_rate_and_epochs(parameters: int, size: int) -> None:
     assert 1e-5 <= learning_rate(parameters) <= 3e-4
     assert learning_rate(2 * parameters) <= learning_rate(parameters)
-    assert 1 <= epochs(2 * lines) <= epochs(lines) <= 50
+    assert 1 <= epochs(2 * size) <= epochs(size) <= 10
 
 
 def test_given_rate_and_epochs_are_kept(workplace: Path) -> None:
@@ -204,8 +238,8 @@ def test_the_printed_flags_give_the_same_run(
     status, out, err = run(SHORT, capsys)
     assert status == 0, err
     flags = printed_recipe(out)
-    expected = ["--causal", "--pooling", "mean", "--warmup", "0.06", "--linear_decay"]
-    expected += ["--layer_decay", "0.9", "--ema", "0.99", "--lr", "0.0003", "--epochs", "2"]
+    expected = ["--causal", "--head", "label_words", "--warmup", "0.06", "--linear_decay"]
+    expected += ["--layer_decay", "0.9", "--lr", "0.0003", "--epochs", "2"]
     assert flags == expected
     by_recipe = read_checkpoint("out/a.pt")
     plain = [word for word in SHORT if word not in ("--recipe", "better")]
