@@ -1,5 +1,6 @@
 """How times grow: of a token with its context, of a training step with its batch."""
 
+import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -99,13 +100,12 @@ def describe_contexts(times: Times, peak_rate: PeakRate) -> list[str]:
         "|---" * 5 + "|",
     ]
     for side, column in times.items():
-        size = 4 if side.endswith("float32") else 2
         # While new tokens come, the context is half of them longer on average.
         middles = [context + NEW_TOKENS / 2 for context in CONTEXTS]
         start, slope = fit_line(middles, [column[context] / NEW_TOKENS for context in CONTEXTS])
         slopes.append(
-            f"| {side} | {start * 1e3:.3g} | {slope * 1e6:.3g} | {numbers * size / 2**10:g} | "
-            f"{numbers * size / memory * 1e6:.2g} |"
+            f"| {side} | {start * 1e3:.3g} | {slope * 1e6:.3g} | {4 * numbers / 2**10:g} | "
+            f"{4 * numbers / memory * 1e6:.2g} |"
         )
     explanation = f"""\
 Why speed falls: for each new token all weights are read, and the keys and values of all earlier
@@ -113,11 +113,11 @@ positions. The weights take the same time for every token. The keys and values g
 number of bytes with each position, so the time of a token is close to a straight line. The table
 has the line that fits best: the time without context, and the time that one position adds. A
 position has {numbers:,} numbers ({config.n_layers} layers, keys and values of
-{config.n_kv_heads * config.head_dim}); they are float32 with float32 weights, else bfloat16. The
-last column is the time that the memory needs to give them, at the rate above. Where the measured
-time is near that, or below it because a part is still in the processor's cache, reading is the
-limit; where it is much longer, computing the attention is. The fewer bytes the weights have, the
-more a context matters."""
+{config.n_kv_heads * config.head_dim}); they are float32 on all sides, whatever the
+weights are. The last column is the time that the memory needs to give them, at the rate above.
+Where the measured time is near that, or below it because a part is still in the processor's cache,
+reading is the limit; where it is much longer, computing the attention is. The fewer bytes the
+weights have, the more a context matters."""
     return [
         "\n## Tokens per second by context\n",
         f"Speed of {NEW_TOKENS} tokens after a context; the context itself does not count.\n",
@@ -149,20 +149,19 @@ def describe_steps(times: Times, peak_rate: PeakRate, rounds: int) -> list[str]:
     weights = sum(parameter.numel() for parameter in llama.parameters())
     in_layers = weights - llama.output.weight.numel()
     memory = peak_rate("memory")
-    shortest, longest = LENGTHS[0], LENGTHS[-1]
+    longest = LENGTHS[-1]
     share = 2 * longest[1] * config.dim * config.n_layers / in_layers
     slopes = [
-        "| side | ms per step | µs per token | products alone, µs | "
-        f"at length {shortest[1]}, µs | at length {longest[1]}, µs |",
-        "|---" * 6 + "|",
+        f"| side | ms per step | µs per token | products alone, µs | at length {longest[1]}, µs |",
+        "|---" * 5 + "|",
     ]
     for side, column in times.items():
         fixed, slope = fit_line([n * m for n, m in BATCHES], [column[size] for size in BATCHES])
         rate = peak_rate(side.split(" ")[-1])
-        ends = [(column[n, m] - fixed) / (n * m) * 1e6 for n, m in (shortest, longest)]
+        long = (column[longest] - fixed) / math.prod(longest)
         slopes.append(
             f"| {side} | {fixed * 1e3:.3g} | {slope * 1e6:.3g} | {6 * in_layers / rate * 1e6:.3g} "
-            f"| {ends[0]:.3g} | {ends[1]:.3g} |"
+            f"| {long * 1e6:.3g} |"
         )
     explanation = f"""\
 Why it grows: a step has a part that does not depend on the batch. AdamW reads and writes each
@@ -173,8 +172,8 @@ each one is multiplied with all weights of the layers, once forward and twice ba
 has the line that fits the batches of {BATCHES[0][1]} tokens a sentence best, beside the time of
 these products at the peak rate above. Longer sentences add attention, whose products grow with the
 square of the length: at {longest[1]} tokens they are {share:.0%} of those with the weights, or half
-of that where later positions are skipped. The last two columns are the time per token without the
-fixed part, in short and in long sentences."""
+of that where later positions are skipped. The last column is the time per token without the fixed
+part, in sentences of {longest[1]} tokens."""
     return [
         "\n## Time of a training step by batch\n",
         wrap(
