@@ -127,6 +127,7 @@ def test_a_result_is_what_the_program_says(
         assert result.best_epoch == int(best)
 
 
+@pytest.mark.sweep
 def test_a_run_of_two_stages_is_run_once(
     started: list[list[str]], changed: Change, capsys: pytest.CaptureFixture[str]
 ) -> None:

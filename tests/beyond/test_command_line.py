@@ -271,7 +271,8 @@ def test_the_demo_is_fine_tuned_at_a_rate_of_its_own(workplace: Path) -> None:
     args = get_args([*demo, "--lr", "1e-3", "--epochs", "1"])
     assert isinstance(args, FinetuneOptions) and (args.lr, args.epochs) == (1e-3, 1)
     args = get_args([*demo, "--recipe", "better"])
-    assert isinstance(args, FinetuneOptions) and args.left_to_rule == ("lr", "epochs")
+    assert isinstance(args, FinetuneOptions) and "lr" in args.left_to_rule
+    assert "epochs" in args.left_to_rule
     remove(["stories42M.pt"])
     args = get_args(["--option", "finetune"])
     assert isinstance(args, FinetuneOptions) and (args.lr, args.epochs) == (2e-4, 4)

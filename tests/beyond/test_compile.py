@@ -48,6 +48,7 @@ def test_compiled_model_gives_the_same(
     assert predictions[0] == predictions[1]
 
 
+@pytest.mark.sweep
 @pytest.mark.filterwarnings("ignore:.*lru_cache")
 def test_compiled_lora_gives_the_same() -> None:
     """Traced by the real compiler, in training and merged; without the C++ that it writes."""
@@ -67,6 +68,7 @@ def test_compiled_lora_gives_the_same() -> None:
         torch.testing.assert_close(output, outputs[0], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.sweep
 def test_compile_without_a_compiler_is_one_line(
     workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

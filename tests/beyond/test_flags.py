@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+import beyond.compiled_decoding
 import beyond.generation
 import beyond.pretraining
 import beyond.run
@@ -22,6 +23,7 @@ from base_llama import load_safely
 from beyond.options import TASKS, flags_of
 from llama import Llama
 from run_llama import main
+from tests.beyond.test_compiled_decoding import uncompiled_module
 from tests.conftest import SENTENCES, make_llama, save_llama
 from tests.test_run_llama import run
 from tokenizer import Tokenizer, train_tokenizer
@@ -292,7 +294,11 @@ def test_compile(workplace: Path, monkeypatch: pytest.MonkeyPatch, task: str) ->
 
         return compiled
 
+    def compile_ahead(*args: Any) -> Callable[..., Any]:
+        return compile_model(uncompiled_module(*args))
+
     monkeypatch.setattr(torch, "compile", compile_model)
+    monkeypatch.setattr(beyond.compiled_decoding, "compile_ahead", compile_ahead)  # generate
     argv = [*BASE[task], "--causal"]
     assert main(argv) == 0 and not used
     assert main([*argv, "--compile"]) == 0 and used

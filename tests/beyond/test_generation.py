@@ -35,7 +35,7 @@ def test_until_stop_ends_each_row_at_its_own_stop_token() -> None:
     assert len(list(until_stop(columns, set()))) == 8
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     ids=st.lists(st.integers(0, 399), max_size=40),
     text=st.text(max_size=20),

@@ -162,6 +162,7 @@ def test_two_processes_train_an_untied_model(
     check_several_processes(workplace, capsys, argv, out)
 
 
+@pytest.mark.sweep
 def test_torchrun_prompts_as_one_process_does(
     workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,6 +27,7 @@ def shell(command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["sh", "-c", command], capture_output=True, text=True, env=env)
 
 
+@pytest.mark.sweep
 def test_closed_output_streams_change_no_result(workplace: Path) -> None:
     """All in one: standard input, output and error are closed; the files are right."""
     argv = [*FINETUNE, "--epochs", "1"]

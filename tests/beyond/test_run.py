@@ -453,6 +453,7 @@ def test_patience_that_does_not_run_out_changes_nothing(
     assert status == 0 and len(dev_accuracies(out)) == 4 and "stop:" not in out
 
 
+@pytest.mark.sweep
 def test_a_stopped_run_stays_stopped_when_it_is_resumed(
     run_forks: RunForks, workplace: Path
 ) -> None:

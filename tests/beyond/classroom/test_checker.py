@@ -120,6 +120,7 @@ def test_memory_is_limited_for_all_processes_together(folder: Path) -> None:
     assert finding.text == "more than 0.5 GiB of memory"
 
 
+@pytest.mark.sweep
 def test_memory_that_the_checker_no_longer_shares_is_not_the_folders(folder: Path) -> None:
     """The worker is a fork of the checker; when one of both writes, it gets pages of its own."""
     shared, is_over = bytearray(b"x") * (400 << 20), threading.Event()

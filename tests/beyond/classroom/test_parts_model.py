@@ -37,6 +37,7 @@ def is_far(left: Observations, right: Observations) -> bool:
     return any(difference(left, {probe: right[probe]})[0] >= 100 for probe in right)
 
 
+@pytest.mark.sweep
 @parts
 def test_every_entry_is_found_under_its_own_name(part: Part) -> None:
     for mistake, outcome in variants_of(part):
