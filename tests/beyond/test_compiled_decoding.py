@@ -128,6 +128,7 @@ def test_only_a_causal_model_is_compiled(
     assert "--compile: only for a causal model (--causal), on the CPU" in err
 
 
+@pytest.mark.sweep
 def test_without_a_compiler_the_model_decodes_eagerly(
     workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

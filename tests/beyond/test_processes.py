@@ -187,6 +187,7 @@ def test_generate_is_for_one_process(workplace: Path) -> None:
 # -------------------------------------------------------------------------------------- signals
 
 
+@pytest.mark.sweep
 def test_another_number_of_processes_resumes(run_forks: RunForks, workplace: Path) -> None:
     """One process is interrupted; three resume the run and are interrupted; two finish it."""
     argv = [*STILL_FINETUNE, "--epochs", "3", "--lr", "1e-5"]

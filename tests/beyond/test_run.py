@@ -69,9 +69,13 @@ def interrupted(interrupted_run: Path, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
 
 
-# A causal run differs in the model only, and `test_kill_points.py` has it too.
+# The sweep `test_kill_points.py` tries more points of all three.
 @pytest.mark.parametrize(
-    "kind", ["reference", pytest.param("causal", marks=pytest.mark.sweep), "pretrain"]
+    "kind",
+    [
+        *(pytest.param(kind, marks=pytest.mark.sweep) for kind in ("reference", "causal")),
+        "pretrain",
+    ],
 )
 def test_a_killed_run_ends_as_if_it_had_not_been(
     run_forks: RunForks, workplace: Path, kind: str

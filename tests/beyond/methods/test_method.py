@@ -47,7 +47,7 @@ METHODS = {
 
 
 @pytest.mark.parametrize(
-    "name", ["layers", "lora", pytest.param("frozen", marks=pytest.mark.sweep)]
+    "name", ["layers", *(pytest.param(n, marks=pytest.mark.sweep) for n in ("lora", "frozen"))]
 )
 def test_a_resumed_run_ends_as_if_it_had_not_been_interrupted(
     run_forks: RunForks, workplace: Path, name: str
