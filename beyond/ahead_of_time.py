@@ -1,8 +1,8 @@
 """Compile a function ahead of time, and keep the result as a file for later runs.
 
-PyTorch's AOTInductor generates C++ from a module that `torch.export` has traced. A call of the
-result takes a few microseconds, much less than one of a function of `torch.compile`, because it
-looks nothing up and checks nothing: it trusts that it gets tensors like those of its example.
+PyTorch's AOTInductor generates C++ from a module that `torch.export` has traced. The result is
+called faster than a function of `torch.compile`, because it looks nothing up and checks nothing: it
+trusts that it gets tensors like those of its example.
 """
 
 import contextlib
@@ -96,5 +96,5 @@ def load(path: Path) -> Compiled:
     Raises:
         RuntimeError: it is broken.
     """
-    # The package itself is called with trees of tensors, which takes ten times as long.
+    # A call of the package itself would also search its arguments for tensors, which takes longer.
     return torch._inductor.aoti_load_package(str(path), True).loader.boxed_run

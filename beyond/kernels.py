@@ -165,25 +165,20 @@ class ColumnBlocks(Storage):
         out.view(blocks, 1, rows).baddbmm_(vectors, self.stored, alpha=alpha, beta=beta)
 
 
-class Bags(Storage):
-    """Equal blocks of rows, each stored column by column; the kernel is an embedding bag.
+class Bags(ColumnBlocks):
+    """Small blocks of rows, each stored column by column; the kernel is an embedding bag.
 
     W x is a sum of W's columns, weighted by x. An embedding bag computes just that: the weighted
     sum of some rows of a table, here of a block's columns, and each block is one bag.
     """
 
     def __init__(self, weight: Tensor, rows: int) -> None:
-        blocks = weight.contiguous().view(-1, rows, weight.shape[1]).transpose(1, 2)
-        num_blocks, size, _ = blocks.shape
-        self.stored = MEMORY.copy(blocks)  # (blocks, in, rows)
+        super().__init__(weight, len(weight) // rows)
+        blocks, size, _ = self.stored.shape
         self.table = self.stored.view(-1, rows)
-        self.columns = torch.arange(num_blocks * size, device=weight.device)
-        self.starts = torch.arange(0, num_blocks * size, size, device=weight.device)
-        self.factors = torch.empty(num_blocks, size, dtype=weight.dtype, device=weight.device)
-
-    @property
-    def matrix(self) -> Tensor:
-        return self.stored.transpose(1, 2).flatten(0, 1)  # a copy
+        self.columns = torch.arange(blocks * size, device=weight.device)
+        self.starts = torch.arange(0, blocks * size, size, device=weight.device)
+        self.factors = torch.empty(blocks, size, dtype=weight.dtype, device=weight.device)
 
     def accumulate(self, out: Tensor, x: Tensor, alpha: float, beta: float) -> None:
         torch.mul(x.expand_as(self.factors), alpha, out=self.factors)
