@@ -1,10 +1,11 @@
-"""Recipes: named sets of flags for `--option finetune`, and the rule for rate and epochs.
+"""Recipes: named sets of flags for `--option finetune`, and the rule for some of their values.
 
 `--recipe better` stands for the flags below. A flag that is given too is used instead. What works
-best depends on the model and on the data, so a rule sets three of them: the learning rate by the
-number of parameters, the epochs by the size of the training file, and a new head instead of the
-label words where the tokenizer cuts one of them into several tokens. It does not look at dev or
-test, so the recipe is the same for every checkpoint.
+best depends on the model and on the data, so a rule sets four of them: the learning rate by the
+number of parameters, its decay from layer to layer by the number of layers, the epochs by the size
+of the training file, and a new head instead of the label words where the tokenizer cuts one of them
+into several tokens. It does not look at dev or test, so the recipe is the same for every
+checkpoint.
 
 Like `beyond/options.py`, this module imports neither PyTorch nor NumPy.
 """
@@ -24,21 +25,22 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
                 "head": "label_words",
                 "warmup": 0.06,
                 "linear_decay": True,
-                "layer_decay": 0.9,
+                "layer_decay": 0.8,  # for six layers
             }
         )
     }
 )
-RULED = ("head", "lr", "epochs")  # the flags that the rule sets or changes
+RULED = ("head", "layer_decay", "lr", "epochs")  # the flags that the rule sets or changes
 
-RATE, RATE_PARAMETERS = 1e-4, 3e6  # the rate of a model of this size
+RATE, RATE_PARAMETERS = 2e-4, 5.5e6  # the rate of a model of this size
 LOWEST_RATE, HIGHEST_RATE = 1e-5, 3e-4
+LOWEST_LAYER = 0.25  # its part of the learning rate
 BYTES = 3e6  # of text that a run reads, if that takes no more than MOST_EPOCHS
 MOST_EPOCHS = 10
 
 
 def learning_rate(parameters: int) -> float:
-    """Return the learning rate for a model: 1e-4 * sqrt(3e6 / parameters), within limits.
+    """Return the learning rate for a model: 2e-4 * sqrt(5.5e6 / parameters), within limits.
 
     The larger a model is, the more weights change its output in a step, and the smaller each
     weight's change has to be. The rate has two significant digits, so it is easy to give again.
@@ -51,6 +53,20 @@ def learning_rate(parameters: int) -> float:
     """
     rate = RATE * math.sqrt(RATE_PARAMETERS / parameters)
     return float(f"{min(max(rate, LOWEST_RATE), HIGHEST_RATE):.1e}")
+
+
+def layer_decay(layers: int) -> float:
+    """Return the factor from one layer's learning rate to that of the layer below.
+
+    However many layers there are, the lowest one learns at about a quarter of the head's rate.
+
+    Args:
+        layers: of the pretrained model.
+
+    Returns:
+        A factor of two digits, below 1.
+    """
+    return min(round(LOWEST_LAYER ** (1 / layers), 2), 0.99)
 
 
 def epochs(size: int) -> int:

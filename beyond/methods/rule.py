@@ -7,7 +7,7 @@ from typing import Any
 
 from beyond.formats.load import load_llama, load_tokenizer
 from beyond.methods.label_words import problem_of_words
-from beyond.methods.recipes import epochs, learning_rate
+from beyond.methods.recipes import epochs, layer_decay, learning_rate
 from beyond.options import FinetuneOptions
 from utils import read_label_names
 
@@ -39,11 +39,16 @@ def resolve_rule(options: FinetuneOptions) -> FinetuneOptions:
     if "head" in options.left_to_rule and options.head == "label_words":
         if problem_of_label_words(options):
             values["head"] = "linear"
-    if "lr" in options.left_to_rule:
+    rates = {"lr", "layer_decay"}.intersection(options.left_to_rule)
+    if options.layer_decay == 1:  # other flags exclude it
+        rates.discard("layer_decay")
+    if rates:
         # The parameters are counted in the model and not in the file, whose size depends on the
         # dtype, and which may hold a matrix twice.
         llama = load_llama(str(options.pretrained_model_path))
-        values["lr"] = learning_rate(sum(p.numel() for p in llama.parameters()))
+        parameters = sum(p.numel() for p in llama.parameters())
+        found = {"lr": learning_rate(parameters), "layer_decay": layer_decay(llama.config.n_layers)}
+        values |= {name: found[name] for name in rates}
     if "epochs" in options.left_to_rule:
         values["epochs"] = epochs(Path(options.train).stat().st_size)
     return replace(options, left_to_rule=(), **values)

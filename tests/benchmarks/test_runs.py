@@ -100,7 +100,7 @@ def test_recorded_flags_are_those_in_force(plan: Plan) -> None:
     plain, better = runs_of(plan, "full")[:2]
     assert plain.flags == "batch_size=3 dtype=float32 epochs=2 lr=2e-05"
     assert better.flags == (
-        "batch_size=3 causal=True dtype=float32 epochs=2 layer_decay=0.9 "
+        "batch_size=3 causal=True dtype=float32 epochs=2 layer_decay=0.5 "
         "linear_decay=True lr=0.0003 recipe=better warmup=0.06"
     )
     assert better.unknown_flags == ()
@@ -128,7 +128,7 @@ def test_files_may_be_missing_until_a_run_starts(plan: Plan) -> None:
     runs = runs_of(plan, "full")
     plain, better = runs[:2]
     assert (plain.checkpoint_hash, plain.data_hash, plain.unknown_flags) == ("", "", ())
-    assert better.unknown_flags == ("head", "lr")
+    assert better.unknown_flags == ("head", "layer_decay", "lr")
     assert "lr=" not in better.flags and "head=" not in better.flags
     message = "data/sst-train.txt: no such file; get it with: uv run python data/download.py"
     with pytest.raises(FileNotFoundError, match=message):

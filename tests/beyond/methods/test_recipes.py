@@ -12,7 +12,7 @@ from base_llama import read_checkpoint
 from beyond.command_line import get_args
 from beyond.formats.huggingface import write_huggingface
 from beyond.formats.llama2c import write_llama2c
-from beyond.methods.recipes import RECIPES, epochs, learning_rate
+from beyond.methods.recipes import RECIPES, epochs, layer_decay, learning_rate
 from beyond.methods.rule import resolve_rule
 from beyond.options import FinetuneOptions, flags_of
 from tests.beyond.runs import assert_equal, interrupt, run
@@ -59,20 +59,20 @@ def test_a_recipe_sets_its_flags_and_no_other(workplace: Path, name: str) -> Non
     }
     filepath = f"output/task_3/cfimdb-finetune-{name}.pt"
     assert different == {**RECIPES[name], "recipe": name, "filepath": filepath}
-    assert options.left_to_rule == ("head", "lr", "epochs") and options.notes == ()
+    assert options.left_to_rule == ("head", "layer_decay", "lr", "epochs") and options.notes == ()
 
 
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
         (["--pooling", "last"], {"pooling": "last"}),
-        (["--layer_decay", "1"], {"layer_decay": 1.0}),
+        (["--layer_decay", "1"], {"layer_decay": 1.0, "left_to_rule": ("head", "lr", "epochs")}),
         (["--no-causal"], {"causal": False}),
         (["--no-linear-decay"], {"linear_decay": False}),
-        (["--lr", "0.5"], {"lr": 0.5, "left_to_rule": ("head", "epochs")}),
-        (["--epochs", "1"], {"epochs": 1, "left_to_rule": ("head", "lr")}),
-        (["--head", "linear"], {"head": "linear", "left_to_rule": ("lr", "epochs")}),
-        (["--epochs", "1", "--lr", "2e-5"], {"lr": 2e-5, "left_to_rule": ("head",)}),
+        (["--lr", "0.5"], {"lr": 0.5, "left_to_rule": ("head", "layer_decay", "epochs")}),
+        (["--epochs", "1"], {"epochs": 1, "left_to_rule": ("head", "layer_decay", "lr")}),
+        (["--head", "linear"], {"head": "linear", "left_to_rule": ("layer_decay", "lr", "epochs")}),
+        (["--epochs", "1", "--lr", "2e-5"], {"lr": 2e-5, "left_to_rule": ("head", "layer_decay")}),
     ],
 )
 def test_given_flags_override_the_recipe(
@@ -139,11 +139,18 @@ def test_bad_flags_are_refused(
 
 
 def test_the_rate_falls_with_the_root_of_the_size() -> None:
-    assert learning_rate(3_000_000) == 1e-4
-    assert learning_rate(12_000_000) == 5e-5
-    assert learning_rate(48_000_000) == 2.5e-5
-    assert learning_rate(5_000_000) == 7.7e-5  # two digits
+    assert learning_rate(5_500_000) == 2e-4
+    assert learning_rate(22_000_000) == 1e-4
+    assert learning_rate(88_000_000) == 5e-5
+    assert learning_rate(5_000_000) == 2.1e-4  # two digits
     assert (learning_rate(1), learning_rate(10**12)) == (3e-4, 1e-5)  # the limits
+
+
+def test_the_lowest_layer_learns_at_a_quarter_of_the_rate() -> None:
+    assert [layer_decay(layers) for layers in (1, 2, 6, 30)] == [0.25, 0.5, 0.79, 0.95]
+    for layers in range(1, 20):
+        assert layer_decay(layers) ** layers == pytest.approx(0.25, rel=0.15)
+    assert layer_decay(10**6) == 0.99  # not 1, which would switch it off
 
 
 def test_more_text_gets_fewer_epochs() -> None:
@@ -182,6 +189,7 @@ def test_the_rule_counts_parameters_and_bytes(workplace: Path) -> None:
     assert count == sum(p.numel() for p in llama.parameters())
     options = resolve_rule(options_of())
     assert (options.lr, options.epochs, options.left_to_rule) == (learning_rate(count), 10, ())
+    assert options.layer_decay == 0.5  # of two layers
     larger = make_llama(causal=False, dim=480, vocab_size=320, n_heads=6, n_kv_heads=6)
     save_llama(larger.half(), Path("large.pt"))
     count = sum(p.numel() for p in larger.parameters())
@@ -190,7 +198,7 @@ def test_the_rule_counts_parameters_and_bytes(workplace: Path) -> None:
     options = resolve_rule(options_of(*flags, "--train", "many.txt"))
     size = Path("many.txt").stat().st_size
     assert (options.lr, options.epochs) == (learning_rate(count), epochs(size)) and size > 6e5
-    assert options.lr < 1e-4
+    assert options.lr < 3e-4  # not the limit
 
 
 def test_the_rule_reads_checkpoints_of_other_projects(workplace: Path) -> None:
@@ -217,9 +225,9 @@ def test_every_model_and_data_set_gets_a_usable_rate_and_epochs(parameters: int,
     assert 1 <= epochs(2 * size) <= epochs(size) <= 10
 
 
-def test_given_rate_and_epochs_are_kept(workplace: Path) -> None:
+def test_given_values_are_kept(workplace: Path) -> None:
     """The checkpoint is not read then."""
-    options = options_of("--lr", "0.5", "--epochs", "7")
+    options = options_of("--lr", "0.5", "--epochs", "7", "--layer_decay", "0.6")
     Path("stories42M.pt").unlink()
     assert resolve_rule(options) == replace(options, left_to_rule=())
 
@@ -239,7 +247,7 @@ def test_the_printed_flags_give_the_same_run(
     assert status == 0, err
     flags = printed_recipe(out)
     expected = ["--causal", "--head", "label_words", "--warmup", "0.06", "--linear_decay"]
-    expected += ["--layer_decay", "0.9", "--lr", "0.0003", "--epochs", "2"]
+    expected += ["--layer_decay", "0.5", "--lr", "0.0003", "--epochs", "2"]
     assert flags == expected
     by_recipe = read_checkpoint("out/a.pt")
     plain = [word for word in SHORT if word not in ("--recipe", "better")]
