@@ -36,7 +36,8 @@ def compile_ahead(
     """Compile the `forward` of a module for this machine, or load what an earlier run compiled.
 
     Args:
-        module: without parameters. Its `forward` returns tensors and changes no argument.
+        module: without parameters. Its `forward` returns tensors; it may write to an argument that
+            it does not read.
         example: the arguments, on the CPU.
         key: names what the result depends on besides the example and the machine.
         dynamic: the size that may differ from the example's.

@@ -37,7 +37,7 @@ def inverse_norm(x: Tensor, config: LlamaConfig) -> Tensor:
 
 
 class LayerStep(nn.Module):
-    """`DecodingLayer.step`, but it changes no argument.
+    """`DecodingLayer.step`, but it returns the new h.
 
     Args:
         config: of the model.
@@ -52,22 +52,23 @@ class LayerStep(nn.Module):
         h: Tensor,
         rotation: Tensor,
         past: Tensor,
+        slot: Tensor,
         query_key_value: Matrix,
         output: Matrix,
         gate_up: Matrix,
         down: Matrix,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         """Compute a layer for the next position of one row.
 
         Args:
             h: (dim,), float32.
             rotation: (head_dim / 2, 2), cosine and sine.
             past: (2, n_kv_heads, positions, head_dim), keys and values of the earlier positions.
+            slot: (2, n_kv_heads, head_dim), where those of the new position are written.
             query_key_value, output, gate_up, down: the matrices of the layer.
 
         Returns:
             h: (dim,), float32.
-            key_value: (2, n_kv_heads, head_dim), of the new position.
         """
         config = self.config
         n_kv_heads, head_dim = config.n_kv_heads, config.head_dim
@@ -79,6 +80,7 @@ class LayerStep(nn.Module):
         rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
         query = rotated[: config.n_heads].view(n_kv_heads, config.n_rep, 1, head_dim)
         key, value = rotated[config.n_heads :], heads[num_rotated:]  # (n_kv_heads, head_dim)
+        slot.copy_(torch.stack((key, value)))
         keys, values = past[:, :, None]  # (n_kv_heads, 1, positions, head_dim)
         scores = (query * keys).sum(dim=-1)  # (n_kv_heads, n_rep, positions)
         own_score = (query[:, :, 0] * key[:, None]).sum(dim=-1, keepdim=True)
@@ -87,16 +89,23 @@ class LayerStep(nn.Module):
         attended = attended + weights[:, :, -1:] * value[:, None]
         h = h + product(output, attended.flatten())
         gate, up = (product(gate_up, h) * inverse_norm(h, config)).chunk(2)
-        h = h + product(down, F.silu(gate) * up)
-        return h, torch.stack((key, value))
+        return h + product(down, F.silu(gate) * up)
 
 
-class Product(nn.Module):
-    """`product` as a module."""
+class HeadStep(nn.Module):
+    """The final norm and the output projection, as in `DecodingHead`.
 
-    def forward(self, matrix: Matrix, x: Tensor) -> Tensor:
-        """Compute W x."""
-        return product(matrix, x)
+    Args:
+        config: of the model.
+    """
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, matrix: Matrix, h: Tensor) -> Tensor:
+        """Compute logits (vocab,), float32, of h (dim,), float32."""
+        return product(matrix, h) * inverse_norm(h, self.config)
 
 
 class CompiledStep:
@@ -114,13 +123,15 @@ class CompiledStep:
         self.head = head
         # The generated code has the strides of a cache of this capacity, for up to one less.
         self.capacity = max(config.max_seq_len, 4)
-        past = torch.empty(2, config.n_kv_heads, self.capacity, config.head_dim)[:, :, :2]
+        shape = (2, config.n_kv_heads, self.capacity, config.head_dim)
+        past = torch.empty(shape)[:, :, : self.capacity // 2]
+        slot = torch.empty(shape)[:, :, 0]  # of another cache: what is traced must not overlap
         h = torch.empty(config.dim)
         key = f"{config} {Path(__file__).read_text(encoding='utf-8')}"
-        layer_example: Arguments = (h, self.rotations[0], past, *layers[0])
+        layer_example: Arguments = (h, self.rotations[0], past, slot, *layers[0])
         sizes = DynamicSize(argument=2, dim=2, largest=self.capacity - 1)
         self.compute_layer = compile_ahead(LayerStep(config), layer_example, key, sizes)
-        self.multiply = compile_ahead(Product(), (head, h), key)
+        self.compute_head = compile_ahead(HeadStep(config), (head, h), key)
 
     def compute_hidden(self, h: Tensor, caches: Sequence[KVCache]) -> Tensor:
         """Compute the layers for the next position of one row, at h (dim,); returns h.
@@ -136,13 +147,12 @@ class CompiledStep:
         rotation = self.rotations[caches[0].length]
         for matrices, cache in zip(self.layers, caches, strict=True):
             past = cache.row.narrow(2, 0, cache.length)
-            h, key_value = self.compute_layer([h, rotation, past, *matrices])
-            cache.append(key_value)
+            [h] = self.compute_layer([h, rotation, past, cache.next_slot(), *matrices])
         return h
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
-        """Compute logits (vocab,), float32, of hidden (dim,), float32."""
-        [logits] = self.multiply([*self.head, hidden])
+        """Compute logits (vocab,), float32, of hidden (dim,), float32, before the final norm."""
+        [logits] = self.compute_head([*self.head, hidden])
         return logits
 
 

@@ -20,6 +20,7 @@ model differs from `llama.py` in:
 Causal models only: without a mask every new token changes the results at all other positions.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from beyond.kernels import DEFAULTS, MEMORY, Choice, store
+from beyond.kernels import DEFAULTS, MEMORY, Choice, Rows, store
 from beyond.runtime import has_bfloat16
 from config import LlamaConfig
 from llama import (
@@ -110,13 +111,24 @@ class KVCache:
         Raises:
             ValueError: it does not fit.
         """
-        self.check_end(self.length + 1)
-        self.row.select(2, self.length).copy_(key_value)
-        self.length += 1
+        self.next_slot().copy_(key_value)
         return (
             self.transposed_keys.narrow(2, 0, self.length),
             self.row_values.narrow(1, 0, self.length),
         )
+
+    def next_slot(self) -> Tensor:
+        """Add the next position of the first row, and return where its key and value go.
+
+        Returns:
+            (2, n_kv_heads, head_dim), to be written.
+
+        Raises:
+            ValueError: it does not fit.
+        """
+        self.check_end(self.length + 1)
+        self.length += 1
+        return self.row.select(2, self.length - 1)
 
     def check_end(self, end: int) -> None:
         """Raise ValueError unless `end` positions fit."""
@@ -200,7 +212,7 @@ class Projection:
 
     def store_rows(self) -> None:
         """Store the weights row by row, if they are stored otherwise."""
-        if not self.weight.is_contiguous():
+        if type(self.storage) is not Rows:
             self.storage = store("rows", self.weight)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -386,13 +398,16 @@ def inverse_norm(x: Tensor, config: LlamaConfig) -> float:
 
 
 class DecodingHead:
-    """The output projection; in bfloat16 it computes the highest logits again in float32.
+    """The final norm and the output projection.
+
+    In bfloat16 it computes the highest logits again in float32.
 
     A bfloat16 logit between 8 and 16 is a multiple of 1/16, so that at one in fifty of the demo's
     positions two tokens share the highest logit. Reading a few rows of the float32 matrix costs
     little.
 
     Args:
+        config: of the model.
         weight: (vocab, dim), float32.
         gain: (dim,), the final RMSNorm's.
         dtype, quantize, choice: as in `Projection`.
@@ -402,12 +417,14 @@ class DecodingHead:
 
     def __init__(
         self,
+        config: LlamaConfig,
         weight: Tensor,
         gain: Tensor,
         dtype: torch.dtype,
         quantize: bool,
         choice: Choice | None,
     ) -> None:
+        self.config = config
         self.weight = weight
         self.gain = gain * weight.shape[1] ** 0.5
         self.dtype = dtype
@@ -418,16 +435,20 @@ class DecodingHead:
         """Compute logits (n, vocab), float32.
 
         Args:
-            hidden: (n, dim), float32, each with Euclidean norm 1.
+            hidden: (n, dim), float32, before the final norm.
         """
-        if self.compute_logits and len(hidden) == 1:
+        if len(hidden) > 1 or hidden.device.type != "cpu":
+            logits = self.projection(normalise(hidden, self.config).to(self.dtype)).float()
+        elif self.compute_logits:
             logits = self.compute_logits(hidden[0])[None]
         else:
-            logits = self.projection(hidden.to(self.dtype)).float()
+            logits = hidden.new_empty(1, len(self.weight))
+            self.projection.scaled(hidden[0], inverse_norm(hidden[0], self.config), logits[0])
         if self.dtype == torch.float32:
             return logits
         tokens = likeliest(logits, min(self.RESCORED, logits.shape[1]))  # (n, RESCORED)
-        exact = self.weight[tokens] @ (hidden * self.gain)[:, :, None]
+        normalised = normalise(hidden, self.config) * self.gain
+        exact = self.weight[tokens] @ normalised[:, :, None]
         return logits.scatter_(1, tokens, exact[:, :, 0])
 
 
@@ -438,22 +459,15 @@ def likeliest(logits: Tensor, count: int) -> Tensor:
     """Return the tokens with the highest logits of each row (n, vocab): (n, count), highest first.
 
     The maximum of each block of tokens is a vectorised operation and `topk` is not, so only the
-    blocks with the highest maxima are searched. With equal logits, the first token is the highest
-    one.
+    blocks with the highest maxima are searched.
     """
     blocks = logits.shape[1] // BLOCK
     if logits.shape[1] % BLOCK or blocks <= count:
-        return logits.argmax(1, keepdim=True) if count == 1 else logits.topk(count).indices
-    parts = logits.view(-1, blocks, BLOCK)
-    if count == 1:
-        block = parts.amax(dim=2).argmax(dim=1, keepdim=True)  # (n, 1)
-    else:
-        block = parts.amax(dim=2).topk(count).indices  # (n, count)
+        return logits.topk(count).indices
+    block = logits.view(-1, blocks, BLOCK).amax(dim=2).topk(count).indices  # (n, count)
     tokens = block[:, :, None] * BLOCK + torch.arange(BLOCK, device=block.device)
     tokens = tokens.flatten(1)  # (n, count * BLOCK)
-    found = logits.gather(1, tokens)
-    best = found.argmax(1, keepdim=True) if count == 1 else found.topk(count).indices
-    return tokens.gather(1, best)
+    return tokens.gather(1, logits.gather(1, tokens).topk(count).indices)
 
 
 class CompiledStep(Protocol):
@@ -505,7 +519,7 @@ class DecodingLlama(Llama):
         ]
         gain = llama.norm.weight.detach()
         head_dtype = torch.float32 if exact_head else dtype
-        head = DecodingHead(output, gain, head_dtype, quantize and not exact_head, choice)
+        head = DecodingHead(config, output, gain, head_dtype, quantize and not exact_head, choice)
         self.output = head  # type: ignore[assignment]
         cos, sin = rotary_tables(
             config.head_dim, config.max_seq_len, config.rope_theta, self.embeddings.device
@@ -527,9 +541,7 @@ class DecodingLlama(Llama):
         *,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """Compute what `Llama.compute_hidden` does, but each vector has Euclidean norm 1.
-
-        The final norm's gain is in the output projection.
+        """Compute what `Llama.compute_hidden` does, up to the final norm, which the head computes.
 
         Args:
             tokens: (batch, seq), integer ids. With caches: the whole prompt if they are empty,
@@ -549,7 +561,6 @@ class DecodingLlama(Llama):
                 f"a sequence of {start + seq} tokens is longer than "
                 f"max_seq_len={config.max_seq_len}"
             )
-        rotations = self.rotations[start : start + seq]  # (seq, 1, head_dim / 2)
         # The residual stream h stays in float32; bfloat16 sums would lose the most precision here.
         if start and batch == 1 and mask is None and tokens.device.type == "cpu":
             assert caches is not None
@@ -557,17 +568,17 @@ class DecodingLlama(Llama):
             if self.compiled and start > 1:  # it is compiled for two positions or more
                 h = self.compiled.compute_hidden(h, caches)
             else:
-                rotation = rotations[0]
+                rotation = self.rotations[start]
                 for layer, cache in zip(self.decoding_layers, caches, strict=True):
                     layer.step(h, rotation, cache, self.space)
-            h = h[None]
-        else:
-            h = F.embedding(tokens.flatten(), self.embeddings)  # (batch * seq, dim)
-            for i, layer in enumerate(self.decoding_layers):
-                is_last = layer is self.decoding_layers[-1]
-                read = positions if is_last else None
-                h = layer.forward(h, batch, rotations, caches[i] if caches else None, mask, read)
-        return normalise(h, config).view(batch, -1, config.dim)
+            return h.view(1, 1, -1)
+        h = F.embedding(tokens.flatten(), self.embeddings)  # (batch * seq, dim)
+        rotations = self.rotations[start : start + seq]  # (seq, 1, head_dim / 2)
+        for i, layer in enumerate(self.decoding_layers):
+            is_last = layer is self.decoding_layers[-1]
+            read = positions if is_last else None
+            h = layer.forward(h, batch, rotations, caches[i] if caches else None, mask, read)
+        return h.view(batch, -1, config.dim)
 
     def new_caches(self, length: int) -> list[KVCache]:
         """Make a cache for each layer, for `length` positions, but no more than the model takes."""
@@ -696,11 +707,17 @@ class Sampler:
 
 
 def greedy_token(logits: Tensor) -> Tensor:
-    """Return what `sample_next_token` does at temperature 0, several times faster."""
-    tokens = likeliest(logits, 1)
-    if not logits.gather(1, tokens).isfinite().all():  # argmax takes NaN for the highest
+    """Return what `sample_next_token` does at temperature 0.
+
+    On the CPU with NumPy, whose argmax is vectorised; PyTorch's is not.
+    """
+    if logits.device.type != "cpu":
+        return sample_next_token(logits, 0.0)
+    values = logits.detach().float().numpy()
+    tokens = [row.argmax() for row in values]  # NaN is the highest
+    if not all(math.isfinite(row[token]) for row, token in zip(values, tokens, strict=True)):
         return sample_next_token(logits, 0.0)  # which raises the error
-    return tokens
+    return torch.tensor(tokens)[:, None]
 
 
 @torch.no_grad()  # not inference_mode, whose tokens could not be used in training

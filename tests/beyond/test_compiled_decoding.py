@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from beyond import compiled_decoding
 from beyond.ahead_of_time import Compiled
-from beyond.compiled_decoding import compile_for_decoding
-from beyond.decoding import DecodingLlama, KVCache, prepare_for_decoding
+from beyond.compiled_decoding import CompiledStep, compile_for_decoding
+from beyond.decoding import DecodingLlama, KVCache, Projection, prepare_for_decoding
+from beyond.kernels import STORAGES
 from llama import Llama
 from tests.conftest import make_llama
 from tests.test_run_llama import run
@@ -91,13 +92,28 @@ def test_the_step_computes_what_the_eager_one_does(
         rows += [model.compute_hidden(tokens[:, i : i + 1], caches) for i in range(1, 12)]
         logits.append(torch.cat([model.output(row[:, 0]) for row in rows]))
     assert uncompiled.count("LayerStep") == 10 * len(eager.decoding_layers)
-    assert uncompiled.count("Product") == 12
+    assert uncompiled.count("HeadStep") == 12
     if dtype == torch.float32:
         torch.testing.assert_close(logits[1], logits[0], atol=1e-5, rtol=1e-5)
         expected = llama.generate(tokens[:, :1], 40, 0.0)
         assert torch.equal(compiled.generate(tokens[:, :1], 40, 0.0), expected)
     else:
         assert (logits[1] - logits[0]).std() < 0.05 * logits[0].std()
+
+
+@pytest.mark.parametrize("name", STORAGES)
+def test_the_step_reads_the_weights_that_the_model_stores(uncompiled: list[str], name: str) -> None:
+    """A copy would take memory again, outside the huge pages, where reading it is slower."""
+    llama = make_llama(causal=True, vocab_size=640)
+    dim, vocab = llama.config.dim, llama.config.vocab_size
+    model = prepare_for_decoding(llama, choice={(vocab, dim): name, (dim, dim): name})
+    assert isinstance(model, DecodingLlama)
+    step = CompiledStep(model)
+    projection: Projection = model.output.projection  # type: ignore[assignment]
+    assert step.head[0].data_ptr() == projection.storage.stored.data_ptr()
+    for layer, tensors in zip(model.decoding_layers, step.layers, strict=True):
+        stored = [projection.storage.stored.data_ptr() for projection in layer.projections()]
+        assert [tensor.data_ptr() for tensor in tensors] == stored
 
 
 def test_several_rows_and_padding_are_not_compiled(uncompiled: list[str]) -> None:
