@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beyond.ahead_of_time import Arguments, DynamicSize, compile_ahead
-from beyond.decoding import DecodingLayer, DecodingLlama, KVCache, Projection
+from beyond.decoding import DecodingLayer, DecodingLlama, Projection
+from beyond.kv_cache import KVCache
 from beyond.runtime import is_compiler_error
 from config import LlamaConfig
 
@@ -147,7 +148,8 @@ class CompiledStep:
         rotation = self.rotations[caches[0].length]
         for matrices, cache in zip(self.layers, caches, strict=True):
             past = cache.row.narrow(2, 0, cache.length)
-            [h] = self.compute_layer([h, rotation, past, cache.next_slot(), *matrices])
+            slot = cache.row.select(2, cache.add_position())
+            [h] = self.compute_layer([h, rotation, past, slot, *matrices])
         return h
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
@@ -182,12 +184,12 @@ def compile_for_decoding(model: DecodingLlama, note: Callable[[str], None]) -> N
     eager = seconds_per_token(model)
     start = time.perf_counter()
     try:
-        use(model, CompiledStep(model))
+        model.use_step(CompiledStep(model))
         seconds_per_token(model)
     except Exception as error:
         if not is_compiler_error(error):
             raise
-        use(model, None)
+        model.use_step(model.numpy_step())
         reason = str(error).partition("\n")[0]
         note(f"--compile: decodes without it, since PyTorch finds no C++ compiler: {reason}")
         return
@@ -198,12 +200,6 @@ def compile_for_decoding(model: DecodingLlama, note: Callable[[str], None]) -> N
         f"pays off after {cost / (eager - compiled):.0f} tokens" if compiled < eager else "no gain"
     )
     note(f"compiled in {cost:.1f} s: {change}, {gain}")
-
-
-def use(model: DecodingLlama, compiled: CompiledStep | None) -> None:
-    """Let a model compute single tokens with its compiled step, or without one."""
-    model.compiled = compiled
-    model.output.compute_logits = compiled and compiled.compute_logits  # type: ignore[assignment]
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Decoding: a causal model prepared to generate fast, its key/value cache, and sampling filters.
+"""Decoding: a causal model prepared to generate fast, and sampling filters.
 
 `prepare_for_decoding` makes a model that computes the same function as `Llama` in fewer and faster
 operations. Decoding one token at a time multiplies every weight by one vector, so its speed is
@@ -13,9 +13,9 @@ model differs from `llama.py` in:
 - weights are stored as the fastest matrix-vector product of the machine wants them (`kernels.py`),
   in float32, in bfloat16, or as int8 with a scale for each row; int8 rounds the weights only, the
   activations are bfloat16;
-- one token of one row is computed in place: the residual is added by the product, and the factor
-  of RMSNorm is a number by which the product is multiplied (`DecodingLayer.step`). Or that step
-  is compiled (`compiled_decoding.py`).
+- one token of one row is computed in place and in few operations: the factor of RMSNorm is a number
+  by which the product is multiplied. In float32 NumPy does it (`numpy_step.py`), in bfloat16 and
+  int8 PyTorch (`DecodingLayer.step`); or the step is compiled (`compiled_decoding.py`).
 
 Causal models only: without a mask every new token changes the results at all other positions.
 """
@@ -30,7 +30,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from beyond.kernels import DEFAULTS, MEMORY, Choice, Rows, store
+from beyond.kernels import DEFAULTS, Choice, Rows, store
+from beyond.kv_cache import KVCache
+from beyond.numpy_step import NumpyStep
 from beyond.runtime import has_bfloat16
 from config import LlamaConfig
 from llama import (
@@ -42,98 +44,6 @@ from llama import (
     token_probabilities,
 )
 from rope import rotary_tables
-
-
-class KVCache:
-    """Keys and values of one layer for the positions so far, so that none is computed twice.
-
-    They are stored in float32 whatever the model's dtype: PyTorch's kernels for one float32 query
-    are the fastest on every processor, although they read twice as much.
-
-    Args:
-        capacity: positions that it can hold; the first use allocates memory for all of them.
-
-    Attributes:
-        length: positions that it holds.
-        keys, values: (batch, n_kv_heads, capacity, head_dim), from the first use on.
-    """
-
-    both: Tensor  # (2, batch, n_kv_heads, capacity, head_dim): keys and values
-    keys: Tensor
-    values: Tensor
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.length = 0
-
-    def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the next positions and return all keys and values so far.
-
-        Args:
-            key, value: (batch, n_kv_heads, seq, head_dim).
-
-        Returns:
-            (batch, n_kv_heads, length, head_dim) each, float32.
-
-        Raises:
-            ValueError: they do not fit, or more than one position is added to a cache that is not
-                empty (they would need a causal mask).
-        """
-        batch, n_kv_heads, seq, head_dim = key.shape
-        start, end = self.length, self.length + seq
-        self.check_end(end)
-        if start and seq > 1:
-            raise ValueError(f"after its first use a cache takes one position at a time, not {seq}")
-        if start == 0:
-            shape = (2, batch, n_kv_heads, self.capacity, head_dim)
-            if key.device.type == "cpu":
-                self.both = MEMORY.alone(shape, torch.float32)
-            else:
-                self.both = key.new_empty(shape, dtype=torch.float32)
-            self.keys, self.values = self.both
-            self.row = self.both[:, 0]  # the first row, for `append`
-            self.transposed_keys, self.row_values = self.row[0].transpose(1, 2), self.row[1]
-        self.keys[:, :, start:end] = key
-        self.values[:, :, start:end] = value
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-    def append(self, key_value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the next position of the first row, in few operations; `extend` was called before.
-
-        Args:
-            key_value: (2, n_kv_heads, head_dim), the key and the value.
-
-        Returns:
-            keys: (n_kv_heads, head_dim, length).
-            values: (n_kv_heads, length, head_dim).
-
-        Raises:
-            ValueError: it does not fit.
-        """
-        self.next_slot().copy_(key_value)
-        return (
-            self.transposed_keys.narrow(2, 0, self.length),
-            self.row_values.narrow(1, 0, self.length),
-        )
-
-    def next_slot(self) -> Tensor:
-        """Add the next position of the first row, and return where its key and value go.
-
-        Returns:
-            (2, n_kv_heads, head_dim), to be written.
-
-        Raises:
-            ValueError: it does not fit.
-        """
-        self.check_end(self.length + 1)
-        self.length += 1
-        return self.row.select(2, self.length - 1)
-
-    def check_end(self, end: int) -> None:
-        """Raise ValueError unless `end` positions fit."""
-        if end > self.capacity:
-            raise ValueError(f"{end} positions do not fit a cache of {self.capacity}")
 
 
 def left_padding_mask(padding: Tensor, seq: int) -> Tensor:
@@ -220,9 +130,9 @@ class Projection:
         if self.scales is not None:
             x = F.pad(x, (0, self.padding)) if self.padding else x
             return torch._weight_int8pack_mm(x, self.weight, self.scales)
-        if len(x) == 1:
+        if len(x) == 1 and self.dtype == torch.bfloat16:
             out = x.new_empty(1, len(self.out))
-            self.storage.accumulate(out[0], x[0], 1.0, 0.0)
+            self.storage.multiply_vector(x[0], out[0])
             return out
         if self.is_emulated:
             return F.linear(x.float(), self.weight.float()).to(x.dtype)
@@ -230,25 +140,19 @@ class Projection:
 
     def scaled(self, x: Tensor, scale: float, out: Tensor) -> None:
         """Compute out = scale W x for one vector x (in,); x and out (out,) are float32."""
-        if self.dtype == torch.float32:
-            self.storage.accumulate(out, x, scale, 0.0)
-        else:
-            torch.mul(x, scale, out=self.flat)
-            out.copy_(self.multiply_vector())
+        torch.mul(x, scale, out=self.flat)
+        out.copy_(self.multiply_vector())
 
     def add_to(self, h: Tensor, x: Tensor) -> None:
         """Add W x to h (out,) in place, for one vector x (in,); both are float32."""
-        if self.dtype == torch.float32:
-            self.storage.accumulate(h, x, 1.0, 1.0)
-        else:
-            self.flat.copy_(x)
-            h.add_(self.multiply_vector())
+        self.flat.copy_(x)
+        h.add_(self.multiply_vector())
 
     def multiply_vector(self) -> Tensor:
         """Multiply `self.vector`; the result (out,) may be overwritten by the next call."""
         if self.scales is not None:
             return torch._weight_int8pack_mm(self.vector, self.storage.stored, self.scales).view(-1)
-        self.storage.accumulate(self.out, self.flat, 1.0, 0.0)
+        self.storage.multiply_vector(self.flat, self.out)
         return self.out
 
 
@@ -365,7 +269,7 @@ class DecodingLayer:
         return h + self.down(hidden.to(self.dtype))
 
     def step(self, h: Tensor, rotation: Tensor, cache: KVCache, space: Workspace) -> None:
-        """Compute the layer for the next position of one row, in place and in few operations.
+        """Compute the layer for the next position of one row, in bfloat16 or int8, in place.
 
         Args:
             h: (dim,), float32; its new value replaces it.
@@ -429,7 +333,7 @@ class DecodingHead:
         self.gain = gain * weight.shape[1] ** 0.5
         self.dtype = dtype
         self.projection = Projection(weight * self.gain, dtype, quantize, choice)
-        self.compute_logits: Callable[[Tensor], Tensor] | None = None  # compiled, for one vector
+        self.compute_logits: Callable[[Tensor], Tensor] | None = None  # a faster one, of one vector
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Compute logits (n, vocab), float32.
@@ -437,13 +341,10 @@ class DecodingHead:
         Args:
             hidden: (n, dim), float32, before the final norm.
         """
-        if len(hidden) > 1 or hidden.device.type != "cpu":
-            logits = self.projection(normalise(hidden, self.config).to(self.dtype)).float()
-        elif self.compute_logits:
+        if self.compute_logits and len(hidden) == 1:
             logits = self.compute_logits(hidden[0])[None]
         else:
-            logits = hidden.new_empty(1, len(self.weight))
-            self.projection.scaled(hidden[0], inverse_norm(hidden[0], self.config), logits[0])
+            logits = self.projection(normalise(hidden, self.config).to(self.dtype)).float()
         if self.dtype == torch.float32:
             return logits
         tokens = likeliest(logits, min(self.RESCORED, logits.shape[1]))  # (n, RESCORED)
@@ -470,17 +371,24 @@ def likeliest(logits: Tensor, count: int) -> Tensor:
     return tokens.gather(1, logits.gather(1, tokens).topk(count).indices)
 
 
-class CompiledStep(Protocol):
-    """The step of one token, compiled; see `compiled_decoding.py`.
+class TokenStep(Protocol):
+    """A faster computation of one token: `NumpyStep` or `CompiledStep`.
 
     Attributes:
-        capacity: of the caches that it takes.
+        capacity: of the caches that it takes; None: any.
     """
 
-    capacity: int
+    @property
+    def capacity(self) -> int | None: ...
 
     def compute_hidden(self, h: Tensor, caches: Sequence[KVCache]) -> Tensor:
-        """Compute the layers for the next position of one row, at h (dim,); returns h."""
+        """Compute the layers for the next position of one row, at h (dim,); returns the new h.
+
+        It may overwrite `h`. The caches hold two positions or more.
+        """
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """Compute logits (vocab,), float32, of hidden (dim,), before the final norm."""
 
 
 class DecodingLlama(Llama):
@@ -495,7 +403,7 @@ class DecodingLlama(Llama):
 
     Attributes:
         error: largest absolute error of a stored weight.
-        compiled: the compiled step of one token (see `compiled_decoding.py`), or None.
+        token_step: how single tokens are computed; None: by `DecodingLayer.step`.
     """
 
     @torch.no_grad()
@@ -529,9 +437,22 @@ class DecodingLlama(Llama):
         for layer in self.decoding_layers:
             projections += layer.projections()
         self.space = Workspace(config)
-        self.compiled: CompiledStep | None = None
+        self.use_step(self.numpy_step())
         self.error = max(projection.error for projection in projections)
         self.eval()
+
+    def numpy_step(self) -> NumpyStep | None:
+        """Return the step in NumPy, which is for float32 on the CPU; for others None."""
+        if self.dtype != torch.float32 or self.embeddings.device.type != "cpu":
+            return None
+        layers = [[p.weight for p in layer.projections()] for layer in self.decoding_layers]
+        head: Projection = self.output.projection  # type: ignore[assignment]
+        return NumpyStep(self.config, layers, head.weight, self.rotations[:, 0])
+
+    def use_step(self, step: TokenStep | None) -> None:
+        """Compute single tokens with a step."""
+        self.token_step = step
+        self.output.compute_logits = step and step.compute_logits  # type: ignore[assignment]
 
     def compute_hidden(
         self,
@@ -562,11 +483,11 @@ class DecodingLlama(Llama):
                 f"max_seq_len={config.max_seq_len}"
             )
         # The residual stream h stays in float32; bfloat16 sums would lose the most precision here.
-        if start and batch == 1 and mask is None and tokens.device.type == "cpu":
+        if start > 1 and batch == 1 and mask is None and tokens.device.type == "cpu":
             assert caches is not None
             h = self.embeddings[tokens[0, 0]].clone()  # (dim,)
-            if self.compiled and start > 1:  # it is compiled for two positions or more
-                h = self.compiled.compute_hidden(h, caches)
+            if self.token_step:
+                h = self.token_step.compute_hidden(h, caches)
             else:
                 rotation = self.rotations[start]
                 for layer, cache in zip(self.decoding_layers, caches, strict=True):
@@ -583,8 +504,8 @@ class DecodingLlama(Llama):
     def new_caches(self, length: int) -> list[KVCache]:
         """Make a cache for each layer, for `length` positions, but no more than the model takes."""
         capacity = min(length, self.config.max_seq_len)
-        if self.compiled:
-            capacity = self.compiled.capacity
+        if self.token_step and self.token_step.capacity:
+            capacity = self.token_step.capacity
         return [KVCache(capacity) for _ in self.decoding_layers]
 
     def compute_window(

@@ -1,14 +1,16 @@
-"""How a weight matrix is stored, and which of PyTorch's kernels multiplies it with one vector.
+"""How a weight matrix is stored, and which kernel multiplies it with one vector.
 
 Decoding a token reads every weight once, so that kernel is the best which reads memory fastest.
 Which one that is differs from processor to processor, and between shapes: the rates differ by a
-factor of three. `choose_storages` measures the kernels once for a processor, a PyTorch version, a
-number of threads, a shape and a dtype, and keeps the results in the user's cache folder. Kernels
-add up products in different orders, so their results differ in the last bits; a choice that is
-kept makes two equal runs equal in every bit. Without measurements `DEFAULTS` decides.
+factor of three. In float32 the kernels are NumPy's, in bfloat16 PyTorch's. `choose_storages`
+measures them once for a processor, the libraries' versions, a number of threads, a shape and a
+dtype, and keeps the results in the user's cache folder. Kernels add up products in different
+orders, so their results differ in the last bits; a choice that is kept makes two equal runs equal
+in every bit. Without measurements `DEFAULTS` decides.
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -21,8 +23,10 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from utils import open_atomically
@@ -116,15 +120,12 @@ class Storage(ABC):
         return F.linear(x, self.matrix)
 
     @abstractmethod
-    def accumulate(self, out: Tensor, x: Tensor, alpha: float, beta: float) -> None:
-        """Compute out = beta out + alpha W x in place, for vectors out (out,) and x (in,).
-
-        With beta = 0 the old values of `out` do not matter, even if they are NaN.
-        """
+    def multiply_vector(self, x: Tensor, out: Tensor) -> None:
+        """Compute W x for one vector x (in,) on the CPU; out (out,) is overwritten."""
 
 
 class Rows(Storage):
-    """A row is contiguous; the kernel is BLAS's gemv."""
+    """A row is contiguous; the kernel is BLAS's gemv, NumPy's in float32."""
 
     def __init__(self, weight: Tensor) -> None:
         self.stored = MEMORY.copy(weight)
@@ -133,12 +134,15 @@ class Rows(Storage):
     def matrix(self) -> Tensor:
         return self.stored
 
-    def accumulate(self, out: Tensor, x: Tensor, alpha: float, beta: float) -> None:
-        out.addmv_(self.stored, x, alpha=alpha, beta=beta)
+    def multiply_vector(self, x: Tensor, out: Tensor) -> None:
+        if x.dtype == torch.float32:
+            np.dot(self.stored.numpy(), x.numpy(), out=out.numpy())
+        else:
+            torch.mv(self.stored, x, out=out)
 
 
 class Columns(Rows):
-    """A column is contiguous; the kernel is BLAS's transposed gemv."""
+    """A column is contiguous; the kernel is BLAS's transposed gemv, NumPy's in float32."""
 
     def __init__(self, weight: Tensor) -> None:
         self.stored = MEMORY.copy(weight.t()).t()
@@ -159,10 +163,10 @@ class ColumnBlocks(Storage):
         products = torch.matmul(x, self.stored)  # (blocks, n, out / blocks)
         return products.transpose(0, 1).reshape(len(x), -1)
 
-    def accumulate(self, out: Tensor, x: Tensor, alpha: float, beta: float) -> None:
+    def multiply_vector(self, x: Tensor, out: Tensor) -> None:
         blocks, size, rows = self.stored.shape
         vectors = x.expand(blocks, 1, size)
-        out.view(blocks, 1, rows).baddbmm_(vectors, self.stored, alpha=alpha, beta=beta)
+        torch.bmm(vectors, self.stored, out=out.view(blocks, 1, rows))
 
 
 class Bags(ColumnBlocks):
@@ -180,18 +184,13 @@ class Bags(ColumnBlocks):
         self.starts = torch.arange(0, blocks * size, size, device=weight.device)
         self.factors = torch.empty(blocks, size, dtype=weight.dtype, device=weight.device)
 
-    def accumulate(self, out: Tensor, x: Tensor, alpha: float, beta: float) -> None:
-        torch.mul(x.expand_as(self.factors), alpha, out=self.factors)
+    def multiply_vector(self, x: Tensor, out: Tensor) -> None:
+        self.factors.copy_(x)
         factors = self.factors.view(-1)
         sums = F.embedding_bag(
             self.columns, self.table, self.starts, mode="sum", per_sample_weights=factors
-        ).view(-1)
-        if beta == 0:
-            out.copy_(sums)
-        elif beta == 1:
-            out.add_(sums)
-        else:
-            out.mul_(beta).add_(sums)
+        )
+        out.copy_(sums.view(-1))
 
 
 # The storages by name, each with the number that a matrix's `out` must be a multiple of.
@@ -205,15 +204,32 @@ STORAGES: Mapping[str, tuple[int, Callable[[Tensor], Storage]]] = {
 }
 
 
-def fits(name: str, shape: Shape) -> bool:
-    """Return whether a storage can hold a matrix of this shape."""
-    return shape[0] % STORAGES[name][0] == 0
+FLOAT32_STORAGES = ("rows", "columns")  # those with a kernel of NumPy
+
+
+def fits(name: str, shape: Shape, dtype: torch.dtype) -> bool:
+    """Return whether a storage can hold a matrix of this shape and dtype."""
+    return shape[0] % STORAGES[name][0] == 0 and (
+        dtype != torch.float32 or name in FLOAT32_STORAGES
+    )
 
 
 def store(name: str, weight: Tensor) -> Storage:
-    """Store a matrix in the named way; row by row if its shape does not fit."""
-    make = STORAGES[name][1] if fits(name, (weight.shape[0], weight.shape[1])) else Rows
+    """Store a matrix in the named way; row by row if its shape or dtype does not fit."""
+    shape = (weight.shape[0], weight.shape[1])
+    make = STORAGES[name][1] if fits(name, shape, weight.dtype) else Rows
     return make(weight)
+
+
+@functools.cache
+def thread_pools() -> ThreadpoolController:
+    """Find the libraries of this process that have threads of their own."""
+    return ThreadpoolController()
+
+
+def share_threads() -> None:
+    """Let NumPy's BLAS use as many threads as PyTorch, from now on."""
+    thread_pools().limit(limits=torch.get_num_threads(), user_api="blas")
 
 
 # ------------------------------------------------------------------------------------- the choice
@@ -246,6 +262,7 @@ def choose_storages(
         source = f"kept in {path}"
         if missing:
             write_results(path, {})  # before the work, in case this is not possible
+            share_threads()
             start, check = time.perf_counter(), BusyCheck()
             rates = measure(shapes, dtype, check)
             own |= {shape: rates[shape] for shape in missing}
@@ -348,9 +365,10 @@ def measure_storage(
     The matrices are read as in a model: each once, in their order, after small operations. A kernel
     that reads matrices of one shape again and again can be twice as fast.
     """
-    shapes = [shape for shape in shapes if fits(name, shape)]
+    shapes = [shape for shape in shapes if fits(name, shape, dtype)]
     weights = {shape: torch.full(shape, 0.01, dtype=dtype) for shape in shapes}
-    vectors = {size: torch.full((size,), 0.01, dtype=dtype) for shape in shapes for size in shape}
+    vectors = {size: torch.full((size,), 0.01, dtype=dtype) for _, size in shapes}
+    outputs = {size: torch.empty(size, dtype=dtype) for size, _ in shapes}
     storages = [store(name, weights[shape]) for shape in shapes]
     for _ in range(2):  # the first pass warms up
         seconds = dict.fromkeys(shapes, 0.0)
@@ -358,7 +376,7 @@ def measure_storage(
             for shape, storage in zip(shapes, storages, strict=True):
                 vectors[shape[1]].softmax(0).sum().item()
                 start = time.perf_counter()
-                storage.accumulate(vectors[shape[0]], vectors[shape[1]], 1.0, 0.0)
+                storage.multiply_vector(vectors[shape[1]], outputs[shape[0]])
                 seconds[shape] += time.perf_counter() - start
     sizes = {shape: shapes.count(shape) * weights[shape].nbytes for shape in shapes}
     return {shape: round(sizes[shape] / seconds[shape] / 1e9, 1) for shape in weights}
@@ -388,7 +406,8 @@ def result_key(shape: Shape, dtype: torch.dtype) -> str:
     name = str(dtype).removeprefix("torch.")
     threads = f"{torch.get_num_threads()} threads"
     machine = f"{processor()}, {torch.backends.cpu.get_cpu_capability()}"
-    return f"{machine}; PyTorch {torch.__version__}; {threads}; {name} {shape[0]}x{shape[1]}"
+    libraries = f"PyTorch {torch.__version__}; NumPy {np.__version__}"
+    return f"{machine}; {libraries}; {threads}; {name} {shape[0]}x{shape[1]}"
 
 
 def processor() -> str:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from beyond import compiled_decoding
 from beyond.ahead_of_time import Compiled
 from beyond.compiled_decoding import CompiledStep, compile_for_decoding
-from beyond.decoding import DecodingLlama, KVCache, Projection, prepare_for_decoding
+from beyond.decoding import DecodingLlama, Projection, prepare_for_decoding
 from beyond.kernels import STORAGES
+from beyond.kv_cache import KVCache
 from llama import Llama
 from tests.conftest import make_llama
 from tests.test_run_llama import run

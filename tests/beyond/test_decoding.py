@@ -13,7 +13,6 @@ from torch import Tensor
 
 from beyond.decoding import (
     DecodingLlama,
-    KVCache,
     Projection,
     Sampler,
     greedy_token,
@@ -23,6 +22,7 @@ from beyond.decoding import (
     prepare_for_decoding,
     stream,
 )
+from beyond.kv_cache import KVCache
 from beyond.pretraining import pack
 from llama import Llama, load_pretrained
 from tests.conftest import ROOT, make_llama
