@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from beyond.ahead_of_time import Arguments, DynamicSize, compile_ahead
 from beyond.decoding import DecodingLayer, DecodingLlama, Projection
+from beyond.kernels import Rows
 from beyond.kv_cache import KVCache
 from beyond.runtime import is_compiler_error
 from config import LlamaConfig
@@ -110,9 +111,14 @@ class HeadStep(nn.Module):
 
 
 class CompiledStep:
-    """The compiled functions of a model, and its matrices as they take them.
+    """The compiled functions of a model.
 
-    The model's matrices are stored row by row from now on.
+    Args:
+        model: on the CPU, with all matrices stored row by row.
+
+    Raises:
+        ValueError: a matrix is stored otherwise.
+        Exception: as in `compile_ahead`.
     """
 
     def __init__(self, model: DecodingLlama) -> None:
@@ -122,7 +128,7 @@ class CompiledStep:
         head = as_matrix(model.output.projection, config.dim)  # type: ignore[arg-type]
         self.layers = [[x for matrix in matrices for x in matrix] for matrices in layers]
         self.head = head
-        # The generated code has the strides of a cache of this capacity, for up to one less.
+        # The generated code is for caches of this capacity, at most capacity - 1 of it in use.
         self.capacity = max(config.max_seq_len, 4)
         shape = (2, config.n_kv_heads, self.capacity, config.head_dim)
         past = torch.empty(shape)[:, :, : self.capacity // 2]
@@ -159,8 +165,9 @@ class CompiledStep:
 
 
 def as_matrix(projection: Projection, size: int) -> Matrix:
-    """Return the weights of a product, row by row and without padding, and their factors."""
-    projection.store_rows()
+    """Return the weights of a product, without padding, and the factors of their rows."""
+    if type(projection.storage) is not Rows:
+        raise ValueError("the compiled step reads matrices that are stored row by row")
     weight, scales = projection.weight[:, :size], projection.scales
     return [weight] if scales is None else [weight, scales]
 
@@ -172,27 +179,28 @@ def as_matrices(layer: DecodingLayer) -> list[Matrix]:
     return [as_matrix(p, size) for p, size in zip(layer.projections(), sizes, strict=True)]
 
 
-def compile_for_decoding(model: DecodingLlama, note: Callable[[str], None]) -> None:
+def compile_for_decoding(model: DecodingLlama, eager: float, note: Callable[[str], None]) -> bool:
     """Compile the step of one token, and print what that costs and gains.
 
-    Without a C++ compiler the model stays as it is.
-
     Args:
-        model: on the CPU.
+        model: as in `CompiledStep`.
+        eager: seconds of a token without compilation.
         note: called with one line.
+
+    Returns:
+        Whether that worked; False without a C++ compiler. The model has its old step then.
     """
-    eager = seconds_per_token(model)
     start = time.perf_counter()
     try:
-        model.use_step(CompiledStep(model))
-        seconds_per_token(model)
+        step = CompiledStep(model)
     except Exception as error:
         if not is_compiler_error(error):
             raise
-        model.use_step(model.numpy_step())
         reason = str(error).partition("\n")[0]
         note(f"--compile: decodes without it, since PyTorch finds no C++ compiler: {reason}")
-        return
+        return False
+    model.use_step(step)
+    seconds_per_token(model)  # the first call takes longer
     cost = time.perf_counter() - start
     compiled = seconds_per_token(model)
     change = f"{compiled * 1e3:.2f} ms a token instead of {eager * 1e3:.2f} ms"
@@ -200,11 +208,12 @@ def compile_for_decoding(model: DecodingLlama, note: Callable[[str], None]) -> N
         f"pays off after {cost / (eager - compiled):.0f} tokens" if compiled < eager else "no gain"
     )
     note(f"compiled in {cost:.1f} s: {change}, {gain}")
+    return True
 
 
 @torch.no_grad()
 def seconds_per_token(model: DecodingLlama, steps: int = 9, context: int = 4) -> float:
-    """Measure the median time of one token after a short context."""
+    """Measure the median time of one token after a short context; max_seq_len is 2 or more."""
     context = min(context, model.config.max_seq_len - 1)
     steps = min(steps, model.config.max_seq_len - context)
     caches = model.new_caches(context + steps)

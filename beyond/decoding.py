@@ -13,9 +13,9 @@ model differs from `llama.py` in:
 - weights are stored as the fastest matrix-vector product of the machine wants them (`kernels.py`),
   in float32, in bfloat16, or as int8 with a scale for each row; int8 rounds the weights only, the
   activations are bfloat16;
-- one token of one row is computed in place and in few operations: the factor of RMSNorm is a number
-  by which the product is multiplied. In float32 NumPy does it (`numpy_step.py`), in bfloat16 and
-  int8 PyTorch (`DecodingLayer.step`); or the step is compiled (`compiled_decoding.py`).
+- one token of one row is computed in place and in few operations: in float32 by NumPy
+  (`numpy_step.py`), in bfloat16 and int8 by PyTorch (`DecodingLayer.step`). Or the step is compiled
+  (`compiled_decoding.py`).
 
 Causal models only: without a mask every new token changes the results at all other positions.
 """
@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from beyond.kernels import DEFAULTS, Choice, Rows, store
+from beyond.kernels import DEFAULTS, Choice, store
 from beyond.kv_cache import KVCache
 from beyond.numpy_step import NumpyStep
 from beyond.runtime import has_bfloat16
@@ -112,18 +112,13 @@ class Projection:
         self.is_emulated = dtype == torch.bfloat16 and not has_bfloat16(weight.device)
         self.out = torch.empty(shape[0], dtype=dtype, device=weight.device)
         # A vector to multiply, in the dtype and with the columns of the stored weights.
-        columns = self.weight.shape[1]
-        self.vector = torch.zeros(1, columns, dtype=dtype, device=weight.device)
+        padded = shape[1] + (self.padding if quantize else 0)
+        self.vector = torch.zeros(1, padded, dtype=dtype, device=weight.device)
         self.flat = self.vector[0, : shape[1]]
 
     @property
     def weight(self) -> Tensor:
         return self.storage.matrix
-
-    def store_rows(self) -> None:
-        """Store the weights row by row, if they are stored otherwise."""
-        if type(self.storage) is not Rows:
-            self.storage = store("rows", self.weight)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map x (n, in) to (n, out)."""
@@ -329,10 +324,11 @@ class DecodingHead:
         choice: Choice | None,
     ) -> None:
         self.config = config
-        self.weight = weight
         self.gain = gain * weight.shape[1] ** 0.5
         self.dtype = dtype
         self.projection = Projection(weight * self.gain, dtype, quantize, choice)
+        # To compute logits again. In float32 that is not done; then it costs no memory.
+        self.weight = weight if dtype == torch.bfloat16 else self.projection.weight
         self.compute_logits: Callable[[Tensor], Tensor] | None = None  # a faster one, of one vector
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -450,7 +446,7 @@ class DecodingLlama(Llama):
         return NumpyStep(self.config, layers, head.weight, self.rotations[:, 0])
 
     def use_step(self, step: TokenStep | None) -> None:
-        """Compute single tokens with a step."""
+        """Compute single tokens with a step from now on; None: by `DecodingLayer.step`."""
         self.token_step = step
         self.output.compute_logits = step and step.compute_logits  # type: ignore[assignment]
 

@@ -7,13 +7,14 @@ from collections.abc import Callable
 
 import torch
 
-from beyond.compiled_decoding import compile_for_decoding
+from beyond.compiled_decoding import compile_for_decoding, seconds_per_token
 from beyond.decoding import DecodingLlama, prepare_for_decoding
-from beyond.kernels import Shape, choose_storages
+from beyond.kernels import Shape, choose_storages, share_threads
 from config import LlamaConfig
 from llama import Llama
 
 LARGE = 8_000_000  # weights; a smaller model stays in the processor's cache
+SHORTEST = 3  # positions; the compiled step is for the third one and later ones
 
 
 def prepare_fastest(
@@ -39,14 +40,24 @@ def prepare_fastest(
     config, on_cpu = llama.config, llama.output.weight.device.type == "cpu"
     if compile_step and not (config.causal and on_cpu):
         raise ValueError("--compile: only for a causal model (--causal), on the CPU")
+    if not (config.causal and on_cpu):
+        return prepare_for_decoding(llama, dtype, quantize)
+    share_threads()
     shapes = matrix_shapes(config)
     choice = None
-    if measure and config.causal and on_cpu and not quantize:
-        if sum(out * size for out, size in shapes) >= LARGE:
-            choice = choose_storages(shapes, dtype, note)
+    if measure and not quantize and sum(out * size for out, size in shapes) >= LARGE:
+        choice = choose_storages(shapes, dtype, note)
     model = prepare_for_decoding(llama, dtype, quantize, choice=choice)
-    if compile_step and isinstance(model, DecodingLlama):
-        compile_for_decoding(model, note)
+    if compile_step and config.max_seq_len < SHORTEST:
+        note(f"--compile: decodes without it, since max_seq_len={config.max_seq_len} is so short")
+    elif compile_step:
+        assert isinstance(model, DecodingLlama)
+        eager = seconds_per_token(model)
+        del model  # so that the weights are not in memory twice
+        model = prepare_for_decoding(llama, dtype, quantize, choice=dict.fromkeys(shapes, "rows"))
+        assert isinstance(model, DecodingLlama)
+        if not compile_for_decoding(model, eager, note):
+            model = prepare_for_decoding(llama, dtype, quantize, choice=choice)
     return model
 
 

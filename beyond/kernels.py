@@ -1,6 +1,6 @@
 """How a weight matrix is stored, and which kernel multiplies it with one vector.
 
-Decoding a token reads every weight once, so that kernel is the best which reads memory fastest.
+Decoding a token reads every weight once, so the best kernel is the one that reads memory fastest.
 Which one that is differs from processor to processor, and between shapes: the rates differ by a
 factor of three. In float32 the kernels are NumPy's, in bfloat16 PyTorch's. `choose_storages`
 measures them once for a processor, the libraries' versions, a number of threads, a shape and a
@@ -58,7 +58,8 @@ class HugePages:
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return a tensor on the CPU, with values that are not set.
 
-        It shares a chunk of memory with others, which is freed when none of them is used.
+        It shares a chunk of memory with others, which is freed when none of them is used and the
+        next chunk has begun.
         """
         size = math.prod(shape) * dtype.itemsize
         if not hasattr(mmap, "MADV_HUGEPAGE"):
@@ -121,7 +122,7 @@ class Storage(ABC):
 
     @abstractmethod
     def multiply_vector(self, x: Tensor, out: Tensor) -> None:
-        """Compute W x for one vector x (in,) on the CPU; out (out,) is overwritten."""
+        """Compute W x for one vector x (in,); out (out,) is overwritten."""
 
 
 class Rows(Storage):
@@ -228,7 +229,10 @@ def thread_pools() -> ThreadpoolController:
 
 
 def share_threads() -> None:
-    """Let NumPy's BLAS use as many threads as PyTorch, from now on."""
+    """Let NumPy's BLAS use as many threads as PyTorch now does, in the whole process.
+
+    Apple's BLAS chooses its threads itself.
+    """
     thread_pools().limit(limits=torch.get_num_threads(), user_api="blas")
 
 
@@ -253,27 +257,30 @@ def choose_storages(
         The choice. It is empty, so that the defaults hold, if it could not be kept for the next
         run, which would then have to measure again and might choose differently, or if other
         programs disturb the measurements.
+
+    Raises:
+        OSError: the measurements, once made, could not be kept.
     """
     try:
         path = results_file()
         measured = read_results(path)
         own = {shape: measured.get(result_key(shape, dtype), {}) for shape in sorted(set(shapes))}
         missing = [shape for shape, rates in own.items() if not rates]
-        source = f"kept in {path}"
         if missing:
             write_results(path, {})  # before the work, in case this is not possible
-            share_threads()
-            start, check = time.perf_counter(), BusyCheck()
-            rates = measure(shapes, dtype, check)
-            own |= {shape: rates[shape] for shape in missing}
-            if check.is_busy:
-                note("kernels: the defaults, since other programs use this machine")
-                return {}
-            source = f"measured in {time.perf_counter() - start:.1f} s and {source}"
-            write_results(path, {result_key(shape, dtype): own[shape] for shape in missing})
     except (OSError, RuntimeError) as error:  # no home folder is a RuntimeError
         note(f"kernels: the defaults, since measurements cannot be kept: {error}")
         return {}
+    source = f"kept in {path}"
+    if missing:
+        start, check = time.perf_counter(), BusyCheck()
+        rates = measure(shapes, dtype, check)
+        own |= {shape: rates[shape] for shape in missing}
+        if check.is_busy:
+            note("kernels: the defaults, since other programs use this machine")
+            return {}
+        source = f"measured in {time.perf_counter() - start:.1f} s and {source}"
+        write_results(path, {result_key(shape, dtype): own[shape] for shape in missing})
     choice = {shape: pick(rates, DEFAULTS[dtype]) for shape, rates in own.items()}
     parts = (
         f"{shape[0]}x{shape[1]} {name} {own[shape].get(name, 0):.0f} GB/s"

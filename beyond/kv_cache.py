@@ -23,9 +23,9 @@ class KVCache:
         array: `row` as a NumPy array, on the CPU.
     """
 
-    both: Tensor  # (2, batch, n_kv_heads, capacity, head_dim): keys and values
     keys: Tensor
     values: Tensor
+    row: Tensor
     array: np.ndarray
 
     def __init__(self, capacity: int) -> None:
@@ -53,12 +53,12 @@ class KVCache:
         if start == 0:
             shape = (2, batch, n_kv_heads, self.capacity, head_dim)
             if key.device.type == "cpu":
-                self.both = MEMORY.alone(shape, torch.float32)
-                self.array = self.both[:, 0].numpy()
+                both = MEMORY.alone(shape, torch.float32)  # keys and values
+                self.array = both[:, 0].numpy()
             else:
-                self.both = key.new_empty(shape, dtype=torch.float32)
-            self.keys, self.values = self.both
-            self.row = self.both[:, 0]
+                both = key.new_empty(shape, dtype=torch.float32)
+            self.keys, self.values = both
+            self.row = both[:, 0]
             self.transposed_keys, self.row_values = self.row[0].transpose(1, 2), self.row[1]
         self.keys[:, :, start:end] = key
         self.values[:, :, start:end] = value
@@ -85,7 +85,9 @@ class KVCache:
         )
 
     def add_position(self) -> int:
-        """Count the next position of the first row, and return its index; `row` has to be set.
+        """Count the next position of the first row, and return its index.
+
+        `extend` was called before.
 
         Raises:
             ValueError: it does not fit.

@@ -1,8 +1,9 @@
 """The step of one token in float32, in NumPy.
 
 The step is some twenty operations for each layer. Most are on a few hundred numbers, for which a
-call of PyTorch takes several times as long as the work itself, and a call of NumPy does not. Of the
-products with the weights, NumPy's BLAS is as fast as the fastest of PyTorch's.
+call of PyTorch takes several times as long as the work itself, and a call of NumPy does not. For
+matrix products, NumPy's BLAS is as fast as the fastest kernel of PyTorch (on the processors that
+were tried).
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from beyond.kernels import share_threads
 from beyond.kv_cache import KVCache
 from config import LlamaConfig
 
@@ -20,6 +20,8 @@ Array = np.ndarray
 
 class NumpyStep:
     """Computes a `DecodingLlama` in float32, one token of one row at a time, on the CPU.
+
+    It computes in memory of its own, so two threads must not use it at the same time.
 
     Args:
         config: of the model.
@@ -37,7 +39,6 @@ class NumpyStep:
         head: Tensor,
         rotations: Tensor,
     ) -> None:
-        share_threads()
         self.config = config
         self.layers = [[matrix.numpy() for matrix in matrices] for matrices in layers]
         self.head = head.numpy()
@@ -87,9 +88,9 @@ class NumpyStep:
         np.dot(gate_up, x, out=self.gate_up.reshape(-1))
         self.gate_up *= self.inverse_norm(x)
         gate, up = self.gate_up
-        up *= gate
-        up /= 1 + np.exp(-gate)  # SiLU is gate / (1 + exp(-gate))
-        np.dot(down, up, out=self.sums)
+        gate /= 1 + np.exp(-gate)  # SiLU
+        gate *= up
+        np.dot(down, gate, out=self.sums)
         x += self.sums
 
     def inverse_norm(self, x: Array) -> np.float32:

@@ -80,8 +80,7 @@ class TaskOptions(ABC):
 
     option: str = flag("the task", "generate", choices=TASK_NAMES)
     threads: int | None = flag(
-        "CPU threads of PyTorch; fewer are faster if other programs use the machine (default: one "
-        "per core)",
+        "CPU threads; fewer are faster if other programs use the machine (default: one per core)",
         None,
         recorded=False,
         type=thread_count,

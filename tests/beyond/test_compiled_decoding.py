@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._inductor.exc import InductorError
 
 from beyond import compiled_decoding
 from beyond.ahead_of_time import Compiled
-from beyond.compiled_decoding import CompiledStep, compile_for_decoding
+from beyond.compiled_decoding import CompiledStep
 from beyond.decoding import DecodingLlama, Projection, prepare_for_decoding
-from beyond.kernels import STORAGES
+from beyond.fast_decoding import matrix_shapes, prepare_fastest
 from beyond.kv_cache import KVCache
+from beyond.numpy_step import NumpyStep
 from llama import Llama
 from tests.conftest import make_llama
 from tests.test_run_llama import run
@@ -67,10 +69,13 @@ def uncompiled_module(module: nn.Module, example: tuple[Any, ...], *_: Any) -> C
 
 def make_pair(llama: Llama, dtype: torch.dtype, quantize: bool) -> list[DecodingLlama]:
     """Make an eager and a compiled model."""
-    models = [prepare_for_decoding(llama, dtype, quantize) for _ in range(2)]
-    assert isinstance(models[0], DecodingLlama) and isinstance(models[1], DecodingLlama)
-    compile_for_decoding(models[1], lambda note: None)
-    return [models[0], models[1]]
+    eager, compiled = (
+        prepare_fastest(llama, dtype, quantize, False, compile_step, lambda note: None)
+        for compile_step in (False, True)
+    )
+    assert isinstance(eager, DecodingLlama) and isinstance(compiled, DecodingLlama)
+    assert isinstance(compiled.token_step, CompiledStep)
+    return [eager, compiled]
 
 
 @STORED
@@ -102,19 +107,60 @@ def test_the_step_computes_what_the_eager_one_does(
         assert (logits[1] - logits[0]).std() < 0.05 * logits[0].std()
 
 
-@pytest.mark.parametrize("name", STORAGES)
-def test_the_step_reads_the_weights_that_the_model_stores(uncompiled: list[str], name: str) -> None:
+@STORED
+def test_the_step_reads_the_weights_that_the_model_stores(
+    uncompiled: list[str], dtype: torch.dtype, quantize: bool
+) -> None:
     """A copy would take memory again, outside the huge pages, where reading it is slower."""
-    llama = make_llama(causal=True, vocab_size=640)
-    dim, vocab = llama.config.dim, llama.config.vocab_size
-    model = prepare_for_decoding(llama, choice={(vocab, dim): name, (dim, dim): name})
-    assert isinstance(model, DecodingLlama)
-    step = CompiledStep(model)
-    projection: Projection = model.output.projection  # type: ignore[assignment]
+    llama = make_llama(causal=True)
+    _, model = make_pair(llama, dtype, quantize)
+    step, projection = model.token_step, model.output.projection
+    assert isinstance(step, CompiledStep) and isinstance(projection, Projection)
     assert step.head[0].data_ptr() == projection.storage.stored.data_ptr()
     for layer, tensors in zip(model.decoding_layers, step.layers, strict=True):
         stored = [projection.storage.stored.data_ptr() for projection in layer.projections()]
-        assert [tensor.data_ptr() for tensor in tensors] == stored
+        assert [tensor.data_ptr() for tensor in tensors[:: 2 if quantize else 1]] == stored
+
+
+@pytest.mark.parametrize("name", ["columns", "8 column blocks"])
+def test_only_rows_are_compiled(uncompiled: list[str], name: str) -> None:
+    llama = make_llama(causal=True)
+    choice = dict.fromkeys(matrix_shapes(llama.config), name)
+    model = prepare_for_decoding(llama, torch.bfloat16, choice=choice)
+    assert isinstance(model, DecodingLlama)
+    with pytest.raises(ValueError, match="stored row by row"):
+        CompiledStep(model)
+
+
+def test_without_a_compiler_the_model_is_the_one_without_the_flag(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It has its storages and its step, and not those that the compiler would have needed."""
+
+    def fail(*_: Any) -> Compiled:
+        raise InductorError(RuntimeError("no g++"), None)
+
+    monkeypatch.setattr(compiled_decoding, "compile_ahead", fail)
+    llama = make_llama(causal=True)
+    notes: list[str] = []
+    model = prepare_fastest(llama, torch.float32, False, False, True, notes.append)
+    assert isinstance(model, DecodingLlama) and isinstance(model.token_step, NumpyStep)
+    assert not model.token_step.layers[0][0].flags.c_contiguous  # columns, the default
+    assert len(notes) == 1 and "decodes without it" in notes[0] and "no g++" in notes[0]
+
+
+@pytest.mark.parametrize("positions", [1, 2, 3])
+def test_a_model_of_few_positions(uncompiled: list[str], positions: int) -> None:
+    """The compiled step is for the third position and later ones."""
+    llama = make_llama(causal=True, max_seq_len=positions)
+    notes: list[str] = []
+    model = prepare_fastest(llama, torch.float32, False, False, True, notes.append)
+    assert ("so short" in notes[0]) == (positions < 3)
+    tokens = torch.tensor([[5]])
+    expected = llama.generate(tokens, 9, 0.0)
+    uncompiled.clear()
+    assert torch.equal(model.generate(tokens, 9, 0.0), expected)
+    assert ("LayerStep" in uncompiled) == (positions == 3)
 
 
 def test_several_rows_and_padding_are_not_compiled(uncompiled: list[str]) -> None:

@@ -318,7 +318,7 @@ def test_infinite_logits_are_an_error(generators: Any) -> None:
 
 @pytest.mark.parametrize(("out", "size"), [(24, 16), (7, 20), (1, 40), (33, 5)])
 def test_projection_computes_what_it_stores(out: int, size: int) -> None:
-    """All three storages against a float64 product, for one row and for several, of any size."""
+    """All three formats against a float64 product, for one row and for several, of any size."""
     generator = seeded(0)
     weight = torch.randn(out, size, generator=generator)
     x = torch.randn(5, size, generator=generator)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from beyond.decoding import DecodingLlama, prepare_for_decoding
+from beyond.fast_decoding import matrix_shapes, prepare_fastest
 from beyond.kernels import share_threads, thread_pools
 from beyond.numpy_step import NumpyStep
 from llama import Llama
@@ -37,10 +38,10 @@ def test_single_tokens_have_the_logits_of_the_plain_model(
     shape: dict[str, Any], storage: str
 ) -> None:
     llama = make_llama(causal=True, max_seq_len=24, **shape)
-    sizes = {p.shape for p in llama.parameters() if p.dim() == 2}
-    choice = {(out * n, size): storage for out, size in sizes for n in (1, 2, 3)}
-    model = prepare(llama, choice=choice)
+    model = prepare(llama, choice=dict.fromkeys(matrix_shapes(llama.config), storage))
     assert isinstance(model.token_step, NumpyStep)
+    matrices = [model.token_step.head, *(x for layer in model.token_step.layers for x in layer)]
+    assert all(x.flags.c_contiguous == (storage == "rows") for x in matrices)
     tokens = torch.randint(4, 320, (1, 20), generator=torch.Generator().manual_seed(0))
     expected = llama(tokens, targets=tokens)[0][0]  # (20, vocab)
     caches = model.new_caches(20)
@@ -75,11 +76,13 @@ def test_it_is_for_float32_only() -> None:
 
 
 def test_numpy_uses_as_many_threads_as_pytorch() -> None:
+    if not blas_threads():
+        pytest.skip("threadpoolctl knows no BLAS of NumPy here")
     threads = torch.get_num_threads()
     try:
         for number in (2, 1):
             torch.set_num_threads(number)
-            prepare(make_llama(causal=True))
+            prepare_fastest(make_llama(causal=True), torch.float32, False, False, False, print)
             assert blas_threads() == {number}
     finally:
         torch.set_num_threads(threads)
