@@ -21,7 +21,7 @@ from benchmarks.quality.measurement import DEFAULT_PLAN, Files, Measurement
 from benchmarks.quality.plan import Plan
 from benchmarks.quality.process import RunClaimed, RunFailed, claimed, finetune
 from benchmarks.quality.report import decimals
-from benchmarks.quality.results import find_result
+from benchmarks.quality.results import current_commit, find_result
 from benchmarks.quality.runs import Run, check_inputs
 from beyond.interrupts import Interrupted, signals_raise, signals_wait
 from utils import OneLineParser, describe_error, prepare_output
@@ -76,12 +76,13 @@ def run_missing(measurement: Measurement, runs: Sequence[Run], estimator: Estima
         say(f"{title}: {run.name} (about {show_duration(seconds)}; the last one ends about {end})")
         try:
             with claimed(run):
+                commit = current_commit()
                 measured = finetune(run)
                 with signals_wait():
-                    result = measurement.add(run, measured)
+                    result = measurement.add(run, measured, commit)
                     shutil.rmtree(run.folder)
         except RunClaimed:
-            say(f"{title}: left to another process, which is at it")
+            say(f"{title}: left to another process, which is doing it")
             continue
         except RunFailed as error:
             failed += 1

@@ -1,7 +1,8 @@
 """Means, standard deviations, and intervals of paired differences.
 
-Student 1908, "The probable error of a mean". Runs with the same seed have the same head and data
-order, so methods are compared seed by seed. The 95% interval of the mean difference of n seeds is
+Student 1908, "The probable error of a mean". Methods are compared seed by seed, since runs with the
+same seed have the same new head, and in the same mode the same order of the data. The 95% interval
+of the mean difference of n seeds is
 
     mean(d) +- t * sd(d) / sqrt(n)
 
@@ -30,7 +31,8 @@ class Difference:
     Attributes:
         values: by seed, in the order of the seeds.
         mean: of the values.
-        half_width: of the 95% interval; None with a single seed.
+        half_width: of the 95% interval; None with fewer than three seeds, since two differences
+            may be equal by chance, and accuracies are multiples of 1 / sentences.
     """
 
     values: tuple[float, ...]
@@ -39,7 +41,7 @@ class Difference:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """Both ends of the interval; None with a single seed."""
+        """Both ends of the interval; None with fewer than three seeds."""
         if self.half_width is None:
             return None
         return self.mean - self.half_width, self.mean + self.half_width
@@ -78,7 +80,7 @@ def paired_difference(
     if not differences:
         return None
     mean, n = statistics.fmean(differences), len(differences)
-    if n == 1:
+    if n < 3:
         return Difference(differences, mean, None)
     half_width = t_quantile(n - 1) * statistics.stdev(differences) / math.sqrt(n)
     return Difference(differences, mean, half_width)

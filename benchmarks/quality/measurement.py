@@ -14,7 +14,6 @@ from benchmarks.quality.report import write_report
 from benchmarks.quality.results import (
     Result,
     add_result,
-    current_commit,
     find_result,
     is_result_of,
     read_results,
@@ -88,12 +87,18 @@ class Measurement:
                     chosen[key] = run if key not in chosen or not run.dev_only else chosen[key]
         return list(chosen.values())
 
-    def add(self, run: Run, measured: Measured) -> Result:
-        """Add the result of a run, and write the report again."""
+    def add(self, run: Run, measured: Measured, commit: str) -> Result:
+        """Add the result of a run, and write the report again.
+
+        Args:
+            run: that has ended.
+            measured: its results.
+            commit: of the program when the run began.
+        """
         names = ("checkpoint", "checkpoint_hash", "data", "data_hash", "train_lines", "method")
         result = Result(
             date=datetime.now(UTC).isoformat(timespec="seconds"),
-            commit=current_commit(),
+            commit=commit,
             machine=processor(),
             threads=self.plan.threads,
             **{name: getattr(run, name) for name in (*names, "flags", "seed")},
@@ -121,7 +126,7 @@ class Measurement:
             return ""
         return (
             f"{len(self.results) - used} of {len(self.results)} results in {self.files.results} "
-            "are of no run of this plan; they are kept there, and left out of the tables"
+            "do not belong to this plan; they are kept there, and left out of the tables"
         )
 
     def used_results(self) -> list[Result]:

@@ -4,6 +4,7 @@ import ctypes
 import json
 import math
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from utils import lock_results, open_atomically, read_lines
 RUN_LLAMA = Path(__file__).parent.parent.parent / "run_llama.py"
 POLL, SAVE = 0.2, 10.0  # seconds between two looks at the process, and between two notes of them
 LOCKED_TRIES = 60  # seconds to wait for the process of a run whose harness was killed
+CANNOT_RESUME = ("cannot resume", "cannot be read", "other settings", "checkpoint")  # in messages
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -31,7 +33,7 @@ class RunFailed(Exception):
 
 
 class RunClaimed(Exception):
-    """Another process is at this run."""
+    """Another process is doing this run."""
 
 
 @dataclass(frozen=True)
@@ -110,11 +112,19 @@ def finetune(run: Run) -> Measured:
             raise Interrupted(status - 128)  # somebody ended the run and not this program
         if status == 2 and "is writing this file" in message and attempt + 1 < LOCKED_TRIES:
             time.sleep(1)
-        elif status == 2 and resumed:
+        elif status == 2 and resumed and is_about_resuming(message, state):
             state.unlink()  # the program has changed since, so the run starts again
         else:
             raise RunFailed(message or f"ended with status {status}")
     raise RunFailed(message)
+
+
+def is_about_resuming(message: str, state: Path) -> bool:
+    """Return whether an error says that a training checkpoint cannot be used.
+
+    There are other errors about that file: the disk may be full.
+    """
+    return state.name in message and any(words in message for words in CANNOT_RESUME)
 
 
 def run_process(run: Run, resume: bool) -> tuple[int, str]:
@@ -183,10 +193,14 @@ def last_line(err: Path) -> str:
 
 
 def read_results(run: Run) -> Measured:
-    """Read the results of a complete run from its records and what it has printed."""
+    """Read the results of a complete run from its records and what it has printed.
+
+    Raises:
+        RunFailed: they are not those of the planned run.
+    """
     options, folder = run.options, run.folder
-    scores = {
-        name: json.loads(Path(record_path(folder / path)).read_bytes())["scores"]
+    records = {
+        name: json.loads(Path(record_path(folder / path)).read_bytes())
         for name, path in (
             ("dev", "dev-finetuning-output.txt"),
             ("best", "classifier.pt"),
@@ -194,6 +208,10 @@ def read_results(run: Run) -> Measured:
             *([] if run.dev_only else [("test", "test-finetuning-output.txt")]),
         )
     }
+    scores = {name: record["scores"] for name, record in records.items()}
+    planned = shlex.join(options.recipe_flags)
+    if (found := records["dev"].get("recipe flags", "")) != planned:
+        raise RunFailed(f"the recipe stood for other flags than planned: {found}, not {planned}")
     if None in (score["accuracy"] for score in scores.values() if "accuracy" in score):
         raise RunFailed("the dev or the test file has no labels")
     out = (folder / "out.txt").read_bytes().decode("utf-8", "replace")

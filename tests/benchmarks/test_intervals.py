@@ -15,7 +15,7 @@ def test_quantiles_match_scipy(freedom: int) -> None:
     assert t_quantile(freedom) == pytest.approx(scipy.stats.t.ppf(0.975, freedom), abs=6e-5)
 
 
-@pytest.mark.parametrize("n", [2, 3, 5, 40])
+@pytest.mark.parametrize("n", [3, 4, 5, 40])
 def test_interval_matches_scipys_paired_test(n: int) -> None:
     rng = np.random.default_rng(n)
     ours, theirs = rng.normal(0.5, 0.02, n), rng.normal(0.45, 0.03, n)
@@ -45,6 +45,8 @@ def test_only_seeds_that_both_have_are_compared() -> None:
     assert difference.values == pytest.approx((0.1,))
     assert difference.half_width is difference.interval is None  # a single seed says nothing of it
     assert paired_difference({1: 0.5}, {2: 0.5}) is None
+    equal = paired_difference({1: 0.5, 2: 0.6}, {1: 0.4, 2: 0.5})  # by chance
+    assert equal is not None and len(equal.values) == 2 and equal.interval is None
 
 
 def test_deviation_is_that_of_a_sample() -> None:

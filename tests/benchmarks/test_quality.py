@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import benchmarks.quality.process
 import run_llama
 from benchmarks.quality.__main__ import main
 from benchmarks.quality.plan import Plan
-from benchmarks.quality.process import Usage, claimed
+from benchmarks.quality.process import RunFailed, Usage, claimed
 from benchmarks.quality.results import Result, add_result, read_results
 from benchmarks.quality.runs import Run
 from beyond.interrupts import Interrupted
@@ -176,7 +177,7 @@ def test_a_changed_plan_keeps_old_results(
     status, out, _ = measure(capsys, "--stage", "screen")
     assert status == 0 and len(started) == 4 + 2
     assert out[0] == (
-        "note: 2 of 4 results in plan.csv are of no run of this plan; they are kept there, and "
+        "note: 2 of 4 results in plan.csv do not belong to this plan; they are kept there, and "
         "left out of the tables"
     )
     assert CSV.read_bytes().startswith(before) and len(read_results(CSV)) == 6
@@ -277,6 +278,34 @@ def test_a_run_that_cannot_be_resumed_starts_again(
     assert len(read_results(CSV)) == 4
 
 
+def test_another_error_of_a_resumed_run_keeps_its_training_checkpoint(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hours of training would be lost."""
+    run = runs_of(plan, "screen")[0]
+    run.folder.mkdir(parents=True)
+    state = run.folder / "classifier.pt.state"
+    state.touch()
+    for message in (f"{state}: No space left on device", "out of memory"):
+        monkeypatch.setattr(
+            benchmarks.quality.process, "run_process", lambda *_, message=message: (2, message)
+        )
+        with pytest.raises(RunFailed, match=message):
+            benchmarks.quality.process.finetune(run)
+        assert state.exists()
+
+
+def test_another_resolution_of_the_recipe_is_no_result(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The program may have changed since the plan was read, and then trained otherwise."""
+    run = runs_of(plan, "full")[1]
+    assert run.method == "better"
+    changed = replace(run, options=replace(run.options, lr=0.5))
+    with pytest.raises(RunFailed, match="stood for other flags than planned: .* --lr 0.5"):
+        benchmarks.quality.process.finetune(changed)
+
+
 def test_a_run_that_somebody_else_ends_ends_the_measurement(
     started: list[list[str]],
     plan: Plan,
@@ -372,7 +401,7 @@ def test_a_run_that_another_process_is_at_is_left_to_it(
     with claimed(run):
         status, out, _ = measure(capsys, "--stage", "screen")
     assert status == 0 and len(started) == 3
-    assert "run 2 of 4: left to another process, which is at it" in out
+    assert "run 2 of 4: left to another process, which is doing it" in out
     assert len(read_results(CSV)) == 3
     assert measure(capsys, "--stage", "screen")[0] == 0 and len(started) == 4
 
