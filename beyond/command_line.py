@@ -13,7 +13,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, cast
@@ -318,7 +318,7 @@ def fill_in_recipe(values: dict[str, Any]) -> tuple[str, ...]:
     given = set(values)
     own = {f.name for f in fields(MethodOptions)}
     method = {name: value for name, value in values.items() if name in own}
-    MethodOptions(**method).check_method()
+    check_given(method, {name: RECIPES[recipe][name] for name in own & RECIPES[recipe].keys()})
     notes = []
     for name, value in RECIPES[recipe].items():
         if name in values:
@@ -335,6 +335,17 @@ def fill_in_recipe(values: dict[str, Any]) -> tuple[str, ...]:
     left = [name for name in RULED if name not in values or name in RECIPES[recipe]]
     values["left_to_rule"] = tuple(name for name in left if name not in given)
     return tuple(notes)
+
+
+def check_given(method: Mapping[str, Any], recipe: Mapping[str, Any]) -> None:
+    """Raise ValueError if the flags that are given contradict each other, even with a recipe's."""
+    try:
+        MethodOptions(**method).check_method()
+    except ValueError as error:
+        with contextlib.suppress(ValueError):  # the recipe may have what a flag needs
+            MethodOptions(**{**recipe, **method}).check_method()
+            return
+        raise error
 
 
 def fill_in_evaluation(values: dict[str, Any], task: str) -> None:

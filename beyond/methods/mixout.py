@@ -56,8 +56,9 @@ class Mixout(Ingredient):
     def begin_step(self, step: int, total_steps: int) -> None:
         """Write the mixed values into the parameters."""
         p = self.probability
-        for (name, weight), copy in zip(self.weights.items(), self.pretrained, strict=True):
-            pretrained = copy.to(weight.device)
+        weights = list(self.weights.values())
+        self.pretrained = [w.to(on.device) for w, on in zip(self.pretrained, weights, strict=True)]
+        for (name, weight), pretrained in zip(self.weights.items(), self.pretrained, strict=True):
             generator = make_generator(weight.device, "mixout", self.seed, step, name)
             # Tensor.bernoulli_ and torch.where would take twice as long.
             kept = torch.rand(weight.shape, generator=generator, device=weight.device) >= p

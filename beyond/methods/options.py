@@ -194,6 +194,11 @@ class MethodOptions:
                     f"--layer_decay and --{adapts}: the layers' own weights do not train; leave "
                     "one out"
                 )
+        if self.bregman and self.mixout:
+            raise ValueError(
+                "--bregman and --mixout: the penalty would measure what mixout does in a step; "
+                "leave one out"
+            )
         if self.wise_ft != 1 and self.head != "label_words":
             raise ValueError(
                 f"--wise_ft {self.wise_ft}: needs --head label_words, whose untrained end is the "

@@ -10,8 +10,8 @@ are equal, so the loss and its gradient are those of plain fine-tuning times two
 notices the factor (only through its eps), but clipping of gradients and the printed loss do.
 
 The first pass is the plain one, with the dropout masks of plain fine-tuning. The masks of the
-second depend on the seed, the step and the first line of the rows. A step takes twice the time and
-memory of a plain one.
+second depend on the seed, the step and the first line of the rows. A step takes twice the time of
+a plain one, and twice the memory for activations.
 """
 
 import torch

@@ -4,8 +4,7 @@
 best depends on the model and on the data, so a rule sets four of them: the learning rate by the
 number of parameters, its decay from layer to layer by the number of layers, the epochs by the size
 of the training file, and a new head instead of the label words where the tokenizer cuts one of them
-into several tokens. It does not look at dev or test, so the recipe is the same for every
-checkpoint.
+into several tokens. It does not look at dev or test, so nothing is chosen by hand for a checkpoint.
 
 Like `beyond/options.py`, this module imports neither PyTorch nor NumPy.
 """
@@ -25,7 +24,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
                 "head": "label_words",
                 "warmup": 0.06,
                 "linear_decay": True,
-                "layer_decay": 0.8,  # for six layers
+                "layer_decay": 0.8,  # the rule sets it
             }
         )
     }

@@ -157,6 +157,10 @@ def test_rows_of_different_lengths_continue_as_if_alone() -> None:
         for i, row in enumerate(rows):
             alone = model.generate(row[None], 60, temperature, seeded(i))
             assert torch.equal(together[i, padding[i] :], alone[0]), (temperature, i)
+    one = stream(model, idx[1:2], 20, Sampler(0.0), padding[1:2])  # a single row with padding
+    assert torch.equal(
+        torch.cat((rows[1][None], *one), dim=1), model.generate(rows[1][None], 20, 0.0)
+    )
 
 
 @pytest.mark.parametrize("causal", [False, True])

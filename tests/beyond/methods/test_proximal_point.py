@@ -184,3 +184,11 @@ def test_bad_weights_are_one_line(
     status, out, err = run([*FINETUNE, "--bregman", value], capsys)
     assert status == 2 and out == "" and err.count("\n") == 1
     assert err.startswith("run_llama.py: error: argument --bregman: ")
+
+
+def test_mixout_is_refused(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run([*FINETUNE, "--bregman", "1", "--mixout", "0.5"], capsys)
+    assert status == 2 and err == (
+        "run_llama.py: error: --bregman and --mixout: the penalty would measure what mixout does "
+        "in a step; leave one out\n"
+    )

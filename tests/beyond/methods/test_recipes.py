@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import run_llama
 from base_llama import read_checkpoint
@@ -254,6 +255,23 @@ def test_the_printed_flags_give_the_same_run(
     status, out, err = run([*plain, *flags], capsys)
     assert status == 0 and "recipe" not in out, err
     assert_equal(read_checkpoint("out/a.pt"), by_recipe)
+
+
+def test_a_flag_may_need_one_of_the_recipe(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """WiSE-FT needs the label words. After one epoch it keeps a mixture with the pretrained
+    weights, whatever the accuracies are."""
+    kept = []
+    for flags in ([], ["--wise_ft", "0.3"]):
+        status, _, err = run([*SHORT, "--epochs", "1", *flags], capsys)
+        assert status == 0, err
+        kept.append(read_checkpoint("out/a.pt")["model"])
+    pretrained = read_checkpoint("stories42M.pt")["model"]
+    name = "layers.0.feed_forward.w1.weight"
+    before, after, mixed = pretrained[name], kept[0][f"llama.{name}"], kept[1][f"llama.{name}"]
+    assert (after - before).abs().max() > 1e-4
+    torch.testing.assert_close(mixed, 0.3 * after + 0.7 * before)
 
 
 def test_predictions_are_also_written_for_extra_work(
