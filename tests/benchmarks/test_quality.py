@@ -6,9 +6,11 @@ real processes, and send real signals to them.
 
 import contextlib
 import io
+import json
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -295,15 +297,20 @@ def test_another_error_of_a_resumed_run_keeps_its_training_checkpoint(
         assert state.exists()
 
 
-def test_another_resolution_of_the_recipe_is_no_result(
-    plan: Plan, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_resolution_of_the_recipe_is_no_result(plan: Plan) -> None:
     """The program may have changed since the plan was read, and then trained otherwise."""
     run = runs_of(plan, "full")[1]
     assert run.method == "better"
+    flags = shlex.join(run.options.recipe_flags)
+    run.folder.mkdir(parents=True)
+    for name in ("dev-finetuning-output.txt", "test-finetuning-output.txt", "classifier.pt"):
+        record = {"scores": {"accuracy": 0.5, "epoch": 0}, "recipe flags": flags}
+        (run.folder / f"{name}.json").write_text(json.dumps(record))
+    (run.folder / "out.txt").write_text("epoch 0: \n")
+    assert benchmarks.quality.process.read_results(run).dev == 0.5
     changed = replace(run, options=replace(run.options, lr=0.5))
     with pytest.raises(RunFailed, match="stood for other flags than planned: .* --lr 0.5"):
-        benchmarks.quality.process.finetune(changed)
+        benchmarks.quality.process.read_results(changed)
 
 
 def test_a_run_that_somebody_else_ends_ends_the_measurement(
