@@ -188,7 +188,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(
 
 
 @pytest.mark.parametrize("flags", FLAGS)
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("causal", [pytest.param(False, marks=pytest.mark.sweep), True])
 def test_processes_and_micro_batches_compute_the_same(
     run_forks: RunForks, word_workplace: Path, flags: Sequence[str], causal: bool
 ) -> None:
