@@ -72,7 +72,8 @@ def answer_at_once() -> None:
     quiet = contextlib.nullcontext() if is_main else contextlib.redirect_stdout(io.StringIO())
     try:
         with quiet:  # --help prints and raises SystemExit
-            check_files(get_args())
+            options = get_args()
+            check_files(options)
     except (ValueError, OSError) as error:
         is_first_of_machine = os.environ.get("LOCAL_RANK") == "0"
         if is_main or (isinstance(error, OSError) and is_first_of_machine):
@@ -80,6 +81,17 @@ def answer_at_once() -> None:
         else:
             time.sleep(1)  # torchrun stops all processes after the first; let that print its line
         sys.exit(2)
+    if options.threads is not None:
+        set_blas_threads(options.threads)
+
+
+def set_blas_threads(threads: int) -> None:
+    """Let NumPy's BLAS use so many threads; NumPy must not have been imported yet.
+
+    `NumpyStep` computes with it. By default it has one for each core, as PyTorch has.
+    """
+    for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
+        os.environ[name] = str(threads)
 
 
 def open_closed_streams() -> None:

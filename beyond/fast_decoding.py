@@ -9,7 +9,7 @@ import torch
 
 from beyond.compiled_decoding import compile_for_decoding, seconds_per_token
 from beyond.decoding import DecodingLlama, prepare_for_decoding
-from beyond.kernels import Shape, choose_storages, share_threads
+from beyond.kernels import Shape, choose_storages
 from config import LlamaConfig
 from llama import Llama
 
@@ -42,7 +42,6 @@ def prepare_fastest(
         raise ValueError("--compile: only for a causal model (--causal), on the CPU")
     if not (config.causal and on_cpu):
         return prepare_for_decoding(llama, dtype, quantize)
-    share_threads()
     shapes = matrix_shapes(config)
     choice = None
     if measure and not quantize and sum(out * size for out, size in shapes) >= LARGE:

@@ -10,7 +10,6 @@ in every bit. Without measurements `DEFAULTS` decides.
 """
 
 import contextlib
-import functools
 import itertools
 import json
 import math
@@ -26,7 +25,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from utils import open_atomically
@@ -220,20 +218,6 @@ def store(name: str, weight: Tensor) -> Storage:
     shape = (weight.shape[0], weight.shape[1])
     make = STORAGES[name][1] if fits(name, shape, weight.dtype) else Rows
     return make(weight)
-
-
-@functools.cache
-def thread_pools() -> ThreadpoolController:
-    """Find the libraries of this process that have threads of their own."""
-    return ThreadpoolController()
-
-
-def share_threads() -> None:
-    """Let NumPy's BLAS use as many threads as PyTorch now does, in the whole process.
-
-    Apple's BLAS chooses its threads itself.
-    """
-    thread_pools().limit(limits=torch.get_num_threads(), user_api="blas")
 
 
 # ------------------------------------------------------------------------------------- the choice

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from base_llama import write_checkpoint
-from beyond.kernels import share_threads
 from config import LlamaConfig
 from llama import Llama
 
@@ -50,7 +49,6 @@ def pytest_configure() -> None:
     tests start would inherit that.
     """
     torch.set_num_threads(1)
-    share_threads()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)

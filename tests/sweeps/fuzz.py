@@ -44,7 +44,6 @@ import rope
 from base_llama import write_checkpoint
 from beyond.command_line import get_args
 from beyond.generation import decode_stream
-from beyond.kernels import share_threads
 from beyond.methods.checkpoints import load_any_classifier
 from beyond.methods.options import HEADS, POOLINGS
 from beyond.methods.pooling import PooledClassifier
@@ -890,7 +889,6 @@ class Guard:
         self.place = str(place.resolve())
         self.seen: list[str] = []
         self.watches = False
-        share_threads()  # looks for NumPy's BLAS now, and not while it is watched
         sys.addaudithook(self.audit)
 
     def audit(self, event: str, args: tuple[Any, ...]) -> None:
