@@ -275,37 +275,39 @@ def choose_storages(
 
 
 class BusyCheck:
-    """Finds out whether this process had to share its processors during `with` blocks.
+    """Finds out whether this process had to wait for processors during `with` blocks.
 
     Measurements would then say more about the other programs than about the kernels.
     """
 
-    INTERRUPTIONS = 100  # per second; without other programs there are up to 50
-
     def __init__(self) -> None:
-        self.total = (0.0, 0.0, 0)
+        self.wall, self.waited = 0.0, 0.0  # seconds; what all threads waited is summed
 
     def __enter__(self) -> None:
         self.start = self.read()
 
     def __exit__(self, *_: object) -> None:
-        wall, cpu, switches = (
-            total + end - start
-            for total, end, start in zip(self.total, self.read(), self.start, strict=True)
-        )
-        self.total = (wall, cpu, int(switches))
+        wall, waited = self.read()
+        self.wall += wall - self.start[0]
+        self.waited += waited - self.start[1]
 
     @property
     def is_busy(self) -> bool:
-        """Whether this process was interrupted often, or waited for a processor."""
-        wall, cpu, switches = self.total
-        return cpu < 0.9 * wall or switches > max(5, self.INTERRUPTIONS * wall)
+        """Whether the threads waited for more than a twentieth of the time."""
+        return self.waited > 0.05 * self.wall
 
     @staticmethod
-    def read() -> tuple[float, float, int]:
-        """Return the time, this thread's CPU time, and how often the process was interrupted."""
-        switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw if resource else 0
-        return time.perf_counter(), time.thread_time(), switches
+    def read() -> tuple[float, float]:
+        """Return the time, and how long threads that could have run did not, in seconds."""
+        wall = time.perf_counter()
+        waits = []
+        for path in Path("/proc/self/task").glob("*/schedstat"):  # on Linux
+            with contextlib.suppress(OSError, ValueError, IndexError):  # the thread has just ended
+                # Time on a processor, time waiting for one (both in ns), and the number of turns.
+                waits.append(int(path.read_text().split()[1]))
+        if waits:
+            return wall, sum(waits) / 1e9
+        return wall, wall - time.thread_time()  # this thread's only
 
 
 MARGIN = 1.1  # a storage must be this much faster than the default to replace it
@@ -319,6 +321,7 @@ def pick(rates: Mapping[str, float], default: str) -> str:
 
 MEASURED_BYTES = 256 * 2**20  # of the matrices that a round reads
 ROUNDS = 5
+WARM_UP = 0.03  # seconds
 
 
 def measure(
@@ -361,14 +364,22 @@ def measure_storage(
     vectors = {size: torch.full((size,), 0.01, dtype=dtype) for _, size in shapes}
     outputs = {size: torch.empty(size, dtype=dtype) for size, _ in shapes}
     storages = [store(name, weights[shape]) for shape in shapes]
-    for _ in range(2):  # the first pass warms up
+
+    def read_all() -> dict[Shape, float]:
         seconds = dict.fromkeys(shapes, 0.0)
-        with check:
-            for shape, storage in zip(shapes, storages, strict=True):
-                vectors[shape[1]].softmax(0).sum().item()
-                start = time.perf_counter()
-                storage.multiply_vector(vectors[shape[1]], outputs[shape[0]])
-                seconds[shape] += time.perf_counter() - start
+        for shape, storage in zip(shapes, storages, strict=True):
+            vectors[shape[1]].softmax(0).sum().item()
+            start = time.perf_counter()
+            storage.multiply_vector(vectors[shape[1]], outputs[shape[0]])
+            seconds[shape] += time.perf_counter() - start
+        return seconds
+
+    # Threads of another library, that have just stored the weights, look for work for some time.
+    end = time.perf_counter() + WARM_UP
+    while time.perf_counter() < end:
+        read_all()
+    with check:
+        seconds = read_all()
     sizes = {shape: shapes.count(shape) * weights[shape].nbytes for shape in shapes}
     return {shape: round(sizes[shape] / seconds[shape] / 1e9, 1) for shape in weights}
 
