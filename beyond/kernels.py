@@ -299,15 +299,16 @@ class BusyCheck:
     @staticmethod
     def read() -> tuple[float, float]:
         """Return the time, and how long threads that could have run did not, in seconds."""
-        wall = time.perf_counter()
         waits = []
         for path in Path("/proc/self/task").glob("*/schedstat"):  # on Linux
             with contextlib.suppress(OSError, ValueError, IndexError):  # the thread has just ended
                 # Time on a processor, time waiting for one (both in ns), and the number of turns.
                 waits.append(int(path.read_text().split()[1]))
         if waits:
-            return wall, sum(waits) / 1e9
-        return wall, wall - time.thread_time()  # this thread's only
+            return time.perf_counter(), sum(waits) / 1e9
+        running = time.thread_time()  # before the time, since a thread waits at the end of a call
+        wall = time.perf_counter()
+        return wall, wall - running  # this thread's only
 
 
 MARGIN = 1.1  # a storage must be this much faster than the default to replace it
