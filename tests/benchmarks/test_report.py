@@ -9,6 +9,7 @@ import pytest
 from benchmarks.quality.measurement import DEFAULT_PLAN, Files, Measurement
 from benchmarks.quality.plan import Plan
 from benchmarks.quality.results import Result
+from benchmarks.quality.runs import hash_files, hash_model
 from tests.benchmarks.conftest import make_result, runs_of
 from tests.conftest import ROOT
 
@@ -132,6 +133,8 @@ def test_the_committed_report_follows_from_the_committed_results(
 ) -> None:
     """`uv run python -m benchmarks.quality --report` writes it again."""
     monkeypatch.chdir(ROOT)
+    hash_files.cache_clear()  # of files with the same names in other folders
+    hash_model.cache_clear()
     files = Files.of_plan(DEFAULT_PLAN)
     Measurement(Files(files.plan, files.results, tmp_path / files.report.name)).report()
     for name in ("QUALITY.md", "quality.svg"):
