@@ -189,7 +189,8 @@ def run(args: argparse.Namespace) -> None:
             ),
             machine=f"{describe_machine(device)}; {describe_peak_rates(device)}",
         )
-        print(text, flush=True)
+        text += "\n"  # a table begins after an empty line
+        print(text, end="", flush=True)
         for part in parts:
             progress.next(part.what)
             for line in chain(part.heading, part.measure()):
