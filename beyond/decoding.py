@@ -22,6 +22,7 @@ Causal models only: without a mask every new token changes the results at all ot
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, cast
@@ -603,6 +604,11 @@ class Sampler:
     def __call__(self, logits: Tensor) -> Tensor:
         if self.temperature == 0:
             return greedy_token(logits)
+        with one_thread() if len(logits) == 1 else nullcontext():
+            return self.draw(logits)
+
+    def draw(self, logits: Tensor) -> Tensor:
+        """Draw a token for each row, above temperature 0."""
         probabilities = token_probabilities(logits, self.temperature)  # (batch, vocab)
         if self.top_k or self.top_p < 1:
             probabilities = self.filter(probabilities)
@@ -621,6 +627,21 @@ class Sampler:
         before = sorted_probs.cumsum(dim=-1) - sorted_probs
         sorted_probs[before >= self.top_p] = 0
         return torch.zeros_like(sorted_probs).scatter_(-1, sorted_ids, sorted_probs)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let PyTorch compute with one thread in the block.
+
+    Its other threads look for work for some time after an operation, and then those of NumPy, which
+    computes the next token, wait for a processor.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def greedy_token(logits: Tensor) -> Tensor:

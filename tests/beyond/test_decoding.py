@@ -266,6 +266,26 @@ def test_top_p_keeps_no_token_after_those_that_reach_it_exactly() -> None:
     assert Sampler(top_p=0.75).filter(probabilities).tolist() == [[0, 0.5, 0, 0.25]]
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_single_row_is_sampled_with_one_thread(
+    monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    """PyTorch's other threads would be in the way of NumPy's; afterwards there are as many."""
+    multinomial, seen = torch.multinomial, []
+
+    def recording(*args: Any, **options: Any) -> Tensor:
+        seen.append(torch.get_num_threads())
+        return multinomial(*args, **options)
+
+    monkeypatch.setattr(torch, "multinomial", recording)
+    torch.set_num_threads(2)
+    try:
+        Sampler(1.0)(torch.zeros(rows, 9))
+        assert (seen, torch.get_num_threads()) == ([rows], 2)
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_filters_do_not_change_the_greedy_token() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0]])
     assert Sampler(0.0, top_k=2, top_p=0.1)(logits).tolist() == [[1]]
