@@ -241,9 +241,6 @@ def choose_storages(
         The choice. It is empty, so that the defaults hold, if it could not be kept for the next
         run, which would then have to measure again and might choose differently, or if other
         programs disturb the measurements.
-
-    Raises:
-        OSError: the measurements, once made, could not be kept.
     """
     try:
         path = results_file()
@@ -264,7 +261,11 @@ def choose_storages(
             note("kernels: the defaults, since other programs use this machine")
             return {}
         source = f"measured in {time.perf_counter() - start:.1f} s and {source}"
-        write_results(path, {result_key(shape, dtype): own[shape] for shape in missing})
+        try:
+            write_results(path, {result_key(shape, dtype): own[shape] for shape in missing})
+        except OSError as error:  # the disk may be full now
+            note(f"kernels: the defaults, since measurements cannot be kept: {error}")
+            return {}
     choice = {shape: pick(rates, DEFAULTS[dtype]) for shape, rates in own.items()}
     parts = (
         f"{shape[0]}x{shape[1]} {name} {own[shape].get(name, 0):.0f} GB/s"

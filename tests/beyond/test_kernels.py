@@ -229,6 +229,19 @@ def test_without_a_place_to_keep_them_nothing_is_measured(
     assert len(notes) == 1 and notes[0].startswith("kernels: the defaults, since")
 
 
+def test_a_disk_that_is_full_after_the_measurement_gives_the_defaults(
+    cache: Path, measured: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(path: Path, results: dict[str, dict[str, float]]) -> None:
+        if results:
+            raise OSError("No space left on device")
+
+    monkeypatch.setattr(kernels, "write_results", write)
+    notes: list[str] = []
+    assert choose_storages(SHAPES, torch.float32, notes.append) == {} and measured == SHAPES
+    assert len(notes) == 1 and notes[0].endswith("cannot be kept: No space left on device")
+
+
 @pytest.mark.parametrize(
     ("end", "is_busy"),
     [
