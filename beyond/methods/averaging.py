@@ -5,11 +5,10 @@ exponential, so it forgets the first steps. After step t, from 0:
 
     theta_ema <- d_t theta_ema + (1 - d_t) theta, with d_t = min(d, (1 + t) / (10 + t))
 
-theta_ema begins at the weights before the first step. With the same d in all steps, a short run
-would keep many of them, with an untrained head: after 65 steps with d = 0.99 half of theta_ema. So
-the decay begins low, as in TensorFlow's ExponentialMovingAverage, and the average is that of about
-the last tenth of the steps until d is reached (0.99 after 890 steps). Training goes on from theta;
-nothing of it changes.
+theta_ema begins as the weights before the first step. If d_t were d in all steps, these would be a
+large part of it after a short run: with d = 0.99 still half after 69 steps. So the decay begins
+low, as in TensorFlow's ExponentialMovingAverage, and theta_ema is the average of about the last
+tenth of the steps, until d_t reaches d (0.99 at step 890). The training itself is not changed.
 """
 
 from collections.abc import Iterator, Sequence

@@ -5,8 +5,8 @@ Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106
     h = W0 x + (alpha / r) B A x
 
 W0 (out, in) is a pretrained matrix and does not change. A (r, in) starts random and B (out, r) at
-zero, so the first step starts from the pretrained model. What is evaluated and saved is the merged
-matrix W0 + (alpha / r) B A: a plain classifier, which knows nothing of LoRA.
+zero, so the first step starts from the pretrained model. What is evaluated and saved has the merged
+matrices W0 + (alpha / r) B A: it is a plain classifier, which can be loaded without this module.
 
 Differs from the paper in:
 - A is drawn uniformly from +-1/sqrt(in), as in the authors' code, instead of from a normal
@@ -59,7 +59,7 @@ class LowRankUpdate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the update's share of the output, (..., out), for x (..., in)."""
-        return F.linear(self.scale * F.linear(x, self.a), self.b)  # scaled where it is smallest
+        return F.linear(self.scale * F.linear(x, self.a), self.b)  # A x is the smallest tensor
 
     def add_to(self, linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """Return the output of the matrix with the update, unless the matrix already has it."""
@@ -74,8 +74,6 @@ class LowRankUpdate(nn.Module):
 
 class Lora(Ingredient):
     """Trains low-rank updates of matrices, and the head, instead of the backbone's weights.
-
-    A matrix that is frozen already, because nothing uses it, gets no update.
 
     Args:
         classifier: its backbone is frozen here, and gets the updates.
@@ -103,8 +101,6 @@ class Lora(Ingredient):
             for name in matrices:
                 linear = layer.get_submodule(PATHS[name])
                 assert isinstance(linear, nn.Linear)
-                if not linear.weight.requires_grad:
-                    continue
                 check_rank(rank, linear, f"layers.{i}.{PATHS[name]}")
                 linears.append(linear)
         self.weights = tuple(linear.weight for linear in linears)  # W0; a tuple is not saved

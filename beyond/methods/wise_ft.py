@@ -5,8 +5,8 @@ Wortsman et al. 2022, "Robust fine-tuning of zero-shot models", arXiv:2109.01903
     theta = (1 - alpha) theta_0 + alpha theta_1
 
 theta_0 is the zero-shot classifier, so the head has to be one: it needs `--head label_words`. A new
-linear head is random before training, and a share of it would be noise. Training goes on from
-theta_1; nothing of it changes.
+linear head is random before training, and a share of it would be noise. The training itself is not
+changed.
 """
 
 from collections.abc import Iterator

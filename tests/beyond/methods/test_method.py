@@ -9,7 +9,9 @@ from beyond.methods.averaging import MovingAverage
 from beyond.methods.frozen_backbone import FrozenBackbone
 from beyond.methods.lora import Lora
 from beyond.methods.method import Method
+from beyond.methods.mixout import Mixout
 from beyond.methods.proximal_point import ProximalPoint
+from beyond.methods.r_drop import RDrop
 from beyond.methods.randomness import derive_seed
 from beyond.methods.schedules import GradientClipping, LearningRates, WeightDecay
 from beyond.methods.weights import trained
@@ -77,11 +79,11 @@ def test_a_resumed_run_of_a_method_that_draws_ends_alike(
 
 
 @pytest.mark.parametrize("mode", [["--causal"], ["--micro_batch_size", "1"]])
-@pytest.mark.parametrize("flag", ["--mixout=0.5", "--smart=1"])
+@pytest.mark.parametrize("flag", ["--mixout=0.5", "--smart=1", "--r_drop=1"])
 def test_two_processes_draw_what_one_does(
     run_forks: RunForks, workplace: Path, flag: str, mode: list[str]
 ) -> None:
-    """What is drawn depends on seed, step and line only."""
+    """What is drawn depends on seed, step and line only; dropout, which R-Drop draws too, is 0."""
     argv = [*STILL_FINETUNE, flag, *mode]
     folder = copy_of(workplace, "several")
     ((status, _, err),) = run_forks([Job(argv, folder, processes=2)])
@@ -151,6 +153,16 @@ def test_rates_and_decay_reach_the_updates() -> None:
     assert (matrices["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
 
 
+def test_both_passes_of_r_drop_smooth_labels(workplace: Path) -> None:
+    """Without dropout the passes are equal, so the smoothed loss counts twice."""
+    argv = [*FINETUNE, "--epochs", "1", "--dropout", "0", "--hidden_dropout_prob", "0"]
+    argv += ["--lr", "0", "--label_smoothing", "0.3"]
+    kept(argv)
+    one = curve("loss")
+    kept([*argv, "--r_drop", "1"])
+    assert curve("loss") == pytest.approx([2 * loss for loss in one], rel=1e-6)
+
+
 def test_plain_runs_build_no_ingredient(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[Method] = []
     init = Method.__init__
@@ -162,10 +174,13 @@ def test_plain_runs_build_no_ingredient(workplace: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(Method, "__init__", record)
     kept([*FINETUNE, "--epochs", "1"])
     kept([*FINETUNE, "--epochs", "1", *METHODS["lora"]])
+    kept([*FINETUNE, "--epochs", "1", *RATES, "--ema", "0.6", "--mixout", "0.5", "--r_drop", "1"])
+    rates = [WeightDecay, LearningRates, GradientClipping]
     kinds = [[type(ingredient) for ingredient in method.ingredients] for method in built]
     assert kinds == [
         [],
-        [MovingAverage, Lora, ProximalPoint, WeightDecay, LearningRates, GradientClipping],
+        [MovingAverage, Lora, ProximalPoint, *rates],
+        [MovingAverage, RDrop, Mixout, *rates],  # mixout changes gradients first
     ]
 
 
