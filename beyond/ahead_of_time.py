@@ -7,6 +7,7 @@ trusts that it gets tensors like those of its example.
 
 import contextlib
 import hashlib
+import logging
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,11 @@ from torch import Tensor, nn
 
 from beyond.kernels import cache_folder, processor
 from utils import open_atomically
+
+# PyTorch built for CUDA would warn on each machine without a GPU, where nothing is amiss.
+logging.getLogger("torch.utils.cpp_extension").addFilter(
+    lambda record: "No CUDA runtime" not in record.getMessage()
+)
 
 Compiled = Callable[[list[Tensor]], list[Tensor]]
 Arguments = tuple[Tensor | list[Tensor], ...]

@@ -3,7 +3,10 @@
 Compiling takes many seconds, so most tests run the function that would be compiled.
 """
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from beyond.fast_decoding import matrix_shapes, prepare_fastest
 from beyond.kv_cache import KVCache
 from beyond.numpy_step import NumpyStep
 from llama import Llama
-from tests.conftest import make_llama
+from tests.conftest import ROOT, make_llama
 from tests.test_run_llama import run
 
 SHAPES: list[dict[str, Any]] = [
@@ -206,6 +209,21 @@ def test_without_a_compiler_the_model_decodes_eagerly(
     assert "decodes without it, since PyTorch finds no C++ compiler" in line
     text = Path(LOW).read_text(encoding="utf-8")
     assert run(ARGV, capsys)[0] == 0 and Path(LOW).read_text(encoding="utf-8") == text
+
+
+@pytest.mark.sweep
+def test_the_command_compiles_quietly_where_nothing_can_be_kept(workplace: Path) -> None:
+    """PyTorch prints no warning of its own, and the text is the one without the flag."""
+    (workplace / "cache").write_text("a file, not a folder")
+    env = {**os.environ, "XDG_CACHE_HOME": str(workplace / "cache"), "OMP_NUM_THREADS": "1"}
+    texts = []
+    for flags in ([], ["--compile"]):
+        argv = [sys.executable, str(ROOT / "run_llama.py"), *ARGV, "--threads", "1", *flags]
+        done = subprocess.run(argv, capture_output=True, text=True, env=env)
+        assert (done.returncode, done.stderr) == (0, "")
+        texts.append(Path(LOW).read_text(encoding="utf-8"))
+        Path(LOW).unlink()
+    assert "compiled in" in done.stdout and texts[0] == texts[1]
 
 
 def test_caches_of_another_size_are_refused(uncompiled: list[str]) -> None:
