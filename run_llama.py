@@ -432,7 +432,7 @@ def run_task(options: Options) -> None:
     tasks: dict[str, Callable[[Any], object]] = {
         "generate": generate,
         "prompt": test_with_prompting,
-        "finetune": partial(run_seeds, finetune=finetune),
+        "finetune": partial(run_seeds, finetune=finetune, build_prompt=build_prompt_suffix),
         "pretrain": pretrain,
         "classify": classify,
     }

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from beyond.methods.rule import apply_rule
+from beyond.methods.rule import BuildPrompt, apply_rule
 from beyond.options import FinetuneOptions
 from beyond.processes import broadcast_object, is_main_process
 from beyond.run import check_hyperparameters
@@ -16,14 +16,15 @@ SPLITS = ((0, "dev"), (1, "test"))
 Finetune = Callable[[FinetuneOptions], tuple[float, float]]  # returns accuracy on dev and test
 
 
-def run_seeds(options: FinetuneOptions, finetune: Finetune) -> None:
+def run_seeds(options: FinetuneOptions, finetune: Finetune, build_prompt: BuildPrompt) -> None:
     """Fine-tune with each seed; print and write the accuracies, their mean and deviation.
 
     Args:
         options: of all runs. Without `seeds` there is one run and no summary.
-        finetune: runs one seed; handed over by `run_llama.run_task`.
+        finetune: runs one seed; handed over by `run_llama.run_task`, as is
+        build_prompt: returns the zero-shot prompt for some label words.
     """
-    options = apply_rule(options)
+    options = apply_rule(options, build_prompt)
     if not options.seeds:
         finetune(options)
         return

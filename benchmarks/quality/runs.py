@@ -12,8 +12,9 @@ from benchmarks.quality.plan import Checkpoint, Plan, Stage
 from beyond.command_line import advise_on_missing, get_args
 from beyond.demo import data_files
 from beyond.formats.files import model_fingerprint
-from beyond.methods.rule import resolve_rule
+from beyond.methods.rule import apply_rule
 from beyond.options import FinetuneOptions
+from run_llama import build_prompt_suffix
 from utils import check_readable, fingerprint, open_atomically, read_lines
 
 FOLDER = Path("output/quality")  # of everything that runs write
@@ -112,7 +113,7 @@ def make_run(plan: Plan, stage: Stage, checkpoint: str, data: str, method: str) 
     files = [options.label_names, options.train, options.dev]
     data_here = all(map(is_file, files))
     if options.left_to_rule and model_here and data_here:
-        options = resolve_rule(options)
+        options = apply_rule(options, build_prompt_suffix, lambda line: None)
     return Run(
         checkpoint=checkpoint,
         checkpoint_hash=hash_model(model.path) if model_here else "",

@@ -1,21 +1,31 @@
 """Applying a recipe's rule, once the checkpoint and the data can be read."""
 
 import shlex
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from beyond.formats.load import load_llama, load_tokenizer
-from beyond.methods.label_words import problem_of_words
+from beyond.methods.label_words import PromptTokenizer, problem_of_words
+from beyond.methods.pooling import cut_layers
 from beyond.methods.recipes import epochs, layer_decay, learning_rate
 from beyond.options import FinetuneOptions
-from utils import read_label_names
+from config import LlamaConfig
+from utils import parse_example, read_label_names, read_lines
 
-PROMPT_END = " is "  # what stands before a label word; no token spans the space between them
+BuildPrompt = Callable[[Sequence[str]], str]  # from the label words
 
 
-def apply_rule(options: FinetuneOptions) -> FinetuneOptions:
-    """Set what the flags leave to the recipe's rule, and print all flags of the recipe.
+def apply_rule(
+    options: FinetuneOptions, build_prompt: BuildPrompt, say: Callable[[str], None] = print
+) -> FinetuneOptions:
+    """Fill in the values that the recipe's rule decides, and say all flags of the recipe.
+
+    Args:
+        options: of a run.
+        build_prompt: returns the zero-shot prompt.
+        say: gets a line for the user.
 
     Returns:
         The options to run with; the same ones without a recipe.
@@ -25,38 +35,53 @@ def apply_rule(options: FinetuneOptions) -> FinetuneOptions:
     """
     if options.recipe is None:
         return options
-    head, options = options.head, resolve_rule(options)
-    if options.head != head:
-        problem = problem_of_label_words(options)
-        print(f"recipe {options.recipe}: --head {options.head}, since {problem}")
-    print(f"recipe {options.recipe}: {shlex.join(options.recipe_flags)}")
-    return options
-
-
-def resolve_rule(options: FinetuneOptions) -> FinetuneOptions:
-    """Return options with what the recipe's rule sets; the errors as above."""
     values: dict[str, Any] = {}
-    if "head" in options.left_to_rule and options.head == "label_words":
-        if problem_of_label_words(options):
-            values["head"] = "linear"
     rates = {"lr", "layer_decay"}.intersection(options.left_to_rule)
     if options.layer_decay == 1:  # other flags exclude it
         rates.discard("layer_decay")
-    if rates:
+    may_ask = "head" in options.left_to_rule and options.head == "label_words"
+    if rates or may_ask:
         # The parameters are counted in the model and not in the file, whose size depends on the
         # dtype, and which may hold a matrix twice.
         llama = load_llama(str(options.pretrained_model_path))
+        if options.pool_layer is not None:
+            cut_layers(llama, options.pool_layer)
         parameters = sum(p.numel() for p in llama.parameters())
         found = {"lr": learning_rate(parameters), "layer_decay": layer_decay(llama.config.n_layers)}
         values |= {name: found[name] for name in rates}
+        if may_ask and (problem := problem_of_asking(options, build_prompt, llama.config)):
+            say(f"recipe {options.recipe}: --head linear, since {problem}")
+            values["head"] = "linear"
     if "epochs" in options.left_to_rule:
         values["epochs"] = epochs(Path(options.train).stat().st_size)
-    return replace(options, left_to_rule=(), **values)
+    options = replace(options, left_to_rule=(), **values)
+    say(f"recipe {options.recipe}: {shlex.join(options.recipe_flags)}")
+    return options
 
 
-def problem_of_label_words(options: FinetuneOptions) -> str:
-    """Return why the label words cannot be the head; "" if they can."""
+def problem_of_asking(
+    options: FinetuneOptions, build_prompt: BuildPrompt, config: LlamaConfig
+) -> str:
+    """Return why the model cannot be asked for a label word after each sentence; "" if it can.
+
+    A label word may be several tokens, or a training sentence with the prompt too long.
+    """
     names = read_label_names(options.label_names)
     tokenizer = load_tokenizer(options.max_sentence_len, options.tokenizer_path)
-    tokens = [tokenizer.label_tokens(name, PROMPT_END) for name in names]
-    return problem_of_words(names, tokens, tokenizer)
+    prompt = build_prompt(names).rstrip(" ")
+    tokens = [tokenizer.label_tokens(name, f"{prompt} ") for name in names]
+    if problem := problem_of_words(names, tokens, tokenizer):
+        return problem
+    lines = enumerate(read_lines(options.train), start=1)
+    texts = {number: parse_example(line, options.train, number)[1] for number, line in lines}
+    # A token is at least one byte, so most sentences are short enough without a look at them.
+    longest = config.max_seq_len - len(prompt.encode()) - 2  # BOS, and a space that may be added
+    long = {number: text for number, text in texts.items() if len(text.encode()) > longest}
+    asked = PromptTokenizer(tokenizer, prompt).encode_texts(list(long.values()))
+    for number, row in zip(long, asked, strict=True):
+        if (length := len(row) + tokenizer.adds_bos) > config.max_seq_len:
+            return (
+                f"{options.train}:{number}: with the prompt it has {length} tokens, more than the "
+                f"model's {config.max_seq_len}"
+            )
+    return ""

@@ -14,7 +14,7 @@ from beyond.command_line import get_args
 from beyond.formats.huggingface import write_huggingface
 from beyond.formats.llama2c import write_llama2c
 from beyond.methods.recipes import RECIPES, epochs, layer_decay, learning_rate
-from beyond.methods.rule import resolve_rule
+from beyond.methods.rule import apply_rule
 from beyond.options import FinetuneOptions, flags_of
 from tests.beyond.runs import assert_equal, interrupt, run
 from tests.conftest import SENTENCES, make_llama, save_llama
@@ -37,6 +37,17 @@ def options_of(*flags: str) -> FinetuneOptions:
     options = get_args([*BETTER, *flags])
     assert isinstance(options, FinetuneOptions)
     return options
+
+
+def resolve_rule(options: FinetuneOptions) -> FinetuneOptions:
+    """Return options with what the rule decides."""
+    return apply_rule(options, run_llama.build_prompt_suffix, lambda line: None)
+
+
+def texts_of(split: str) -> list[str]:
+    """Return the sentences of a file of the data set."""
+    lines = Path(f"data/cfimdb-{split}.txt").read_text(encoding="utf-8").splitlines()
+    return [line.split(" ||| ", 1)[1] for line in lines]
 
 
 def printed_recipe(out: str) -> list[str]:
@@ -181,6 +192,40 @@ def test_label_words_of_several_tokens_are_not_the_head(
     assert status == 2 and "the label word 'bad' is 3 tokens" in err
 
 
+def test_sentences_that_do_not_fit_with_the_prompt_get_a_new_head(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the assignment's recipe would read them; the longest with the prompt is at the limit."""
+    tokenizer = Tokenizer(None, "tokenizer.model")
+    prompt = run_llama.build_prompt_suffix(["a", "and"]).rstrip(" ")
+    asked = [tokenizer.encode(text + prompt, bos=True, eos=False) for text in texts_of("train")]
+    longest = max(map(len, asked))
+    number = 1 + [len(tokens) for tokens in asked].index(longest)
+    flags = ["--pretrained-model-path", "short.pt", "--tokenizer_path", "tokenizer.model"]
+    for context, head in (longest, "label_words"), (longest - 1, "linear"):
+        save_llama(make_llama(causal=True, max_seq_len=context), Path("short.pt"))
+        status, out, err = run([*SHORT, *flags, "--epochs", "1"], capsys)
+        assert status == 0, err
+        assert f"recipe better: --causal --head {head} --warmup" in out
+        note = (
+            f"recipe better: --head linear, since data/cfimdb-train.txt:{number}: with the prompt "
+            f"it has {longest} tokens, more than the model's {context}"
+        )
+        assert out.count(note) == (head == "linear")
+    # A sentence may be cut off; the prompt is not.
+    assert resolve_rule(options_of(*flags, "--max_sentence_len", "1")).head == "label_words"
+
+
+def test_dropped_layers_do_not_count(workplace: Path) -> None:
+    shape = {"dim": 480, "n_heads": 6, "n_kv_heads": 6}
+    save_llama(make_llama(causal=False, n_layers=4, **shape), Path("large.pt"))
+    flags = ["--pretrained-model-path", "large.pt", "--tokenizer_path", "tokenizer.model"]
+    options = resolve_rule(options_of(*flags, "--head", "linear", "--pool_layer", "1"))
+    kept = sum(p.numel() for p in make_llama(causal=False, n_layers=1, **shape).parameters())
+    assert options.lr == learning_rate(kept) < 3e-4  # not the limit
+    assert options.layer_decay == layer_decay(1)
+
+
 def test_the_rule_counts_parameters_and_bytes(workplace: Path) -> None:
     """A matrix that is used twice counts once, in whichever dtype the file has it."""
     dim, layers, vocabulary, width = 48, 2, 320, 128  # `SHAPE`; the hidden size of SwiGLU
@@ -228,7 +273,7 @@ def test_every_model_and_data_set_gets_a_usable_rate_and_epochs(parameters: int,
 
 def test_given_values_are_kept(workplace: Path) -> None:
     """The checkpoint is not read then."""
-    options = options_of("--lr", "0.5", "--epochs", "7", "--layer_decay", "0.6")
+    options = options_of("--lr", "0.5", "--epochs", "7", "--layer_decay", "0.6", "--head", "linear")
     Path("stories42M.pt").unlink()
     assert resolve_rule(options) == replace(options, left_to_rule=())
 
