@@ -3,14 +3,16 @@
     uv run python -m benchmarks.quality [--stage NAME ...] [--plan FILE] [--list | --report]
 
 `plan.toml` says which runs there are; see `plan.py`. Those that `results.csv` already has are not
-repeated. After Ctrl-C, or after a kill, the same command continues in the middle of a run. Started
-twice at the same time, each takes the next run that the other is not at.
+repeated, and those whose checkpoint or data are not here are left out. After Ctrl-C, or after a
+kill, the same command continues in the middle of a run. Two copies can run at once: each takes the
+next run that the other has not started.
 Choices between methods are made on dev only, so give the stages that read test last.
 """
 
 import argparse
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -21,7 +23,7 @@ from benchmarks.quality.measurement import DEFAULT_PLAN, Files, Measurement
 from benchmarks.quality.plan import Plan
 from benchmarks.quality.process import RunClaimed, RunFailed, claimed, finetune
 from benchmarks.quality.report import decimals
-from benchmarks.quality.results import current_commit, find_result
+from benchmarks.quality.results import find_result
 from benchmarks.quality.runs import Run, check_inputs
 from beyond.interrupts import Interrupted, signals_raise, signals_wait
 from utils import OneLineParser, describe_error, prepare_output
@@ -76,10 +78,9 @@ def run_missing(measurement: Measurement, runs: Sequence[Run], estimator: Estima
         say(f"{title}: {run.name} (about {show_duration(seconds)}; the last one ends about {end})")
         try:
             with claimed(run):
-                commit = current_commit()
                 measured = finetune(run)
                 with signals_wait():
-                    result = measurement.add(run, measured, commit)
+                    result = measurement.add(run, measured)
                     shutil.rmtree(run.folder)
         except RunClaimed:
             say(f"{title}: left to another process, which is doing it")
@@ -94,6 +95,30 @@ def run_missing(measurement: Measurement, runs: Sequence[Run], estimator: Estima
     return failed
 
 
+def problem_of_inputs(run: Run) -> str:
+    """Return why a run's checkpoint or data cannot be read; "" if they can."""
+    try:
+        check_inputs(run)
+    except OSError as error:
+        return describe_error(error)
+    return ""
+
+
+def runnable(runs: Sequence[Run]) -> list[Run]:
+    """Return the runs whose inputs can be read, and say which ones are left out.
+
+    Raises:
+        OSError: those of no run can be read.
+    """
+    here = [run for run in runs if not problem_of_inputs(run)]
+    if runs and not here:
+        check_inputs(runs[0])
+    problems = Counter(problem for run in runs if (problem := problem_of_inputs(run)))
+    for problem, count in problems.items():
+        say(f"note: {count} runs are left out: {problem}")
+    return here
+
+
 def measure(args: argparse.Namespace) -> int:
     """Do what the command line asks for; returns the exit status."""
     measurement = Measurement(Files.of_plan(args.plan))
@@ -104,15 +129,14 @@ def measure(args: argparse.Namespace) -> int:
         measurement.report()
         say(f"wrote {measurement.files.report}")
         return 0
-    missing = measurement.missing(stages)
-    for run in missing:
-        check_inputs(run)
+    missing = runnable(measurement.missing(stages))
     for path in (measurement.files.results, measurement.files.report):
         prepare_output(path)
     estimator = Estimator(measurement.results, processor(), measurement.plan.threads)
     for stage in stages:
-        runs, planned = measurement.missing([stage]), len(measurement.runs[stage])
-        say(f"stage {stage}: {len(runs)} of {planned} runs are missing{estimator.describe(runs)}")
+        runs = [run for run in measurement.missing([stage]) if not problem_of_inputs(run)]
+        planned = len(measurement.runs[stage])
+        say(f"stage {stage}: {len(runs)} of {planned} runs to do{estimator.describe(runs)}")
         for run in runs:
             say(f"  {run.name}")
     if missing:

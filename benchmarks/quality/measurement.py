@@ -15,6 +15,8 @@ from benchmarks.quality.results import (
     Result,
     add_result,
     find_result,
+    has_flags_of,
+    has_names_of,
     is_result_of,
     read_results,
 )
@@ -68,6 +70,10 @@ class Measurement:
 
     Args:
         files: of the plan.
+
+    Raises:
+        ValueError: a file cannot be used, or a method has results with other flags.
+        OSError: a file cannot be read.
     """
 
     def __init__(self, files: Files) -> None:
@@ -75,6 +81,19 @@ class Measurement:
         self.plan: Plan = read_plan(files.plan)
         self.runs = {stage.name: list_runs(self.plan, stage) for stage in self.plan.stages}
         self.results = read_results(files.results)
+        self.check_flags()
+
+    def check_flags(self) -> None:
+        """Raise ValueError if a method of the plan has results with other flags."""
+        runs = [run for runs in self.runs.values() for run in runs]
+        for line, result in enumerate(self.results, start=2):
+            named = [run for run in runs if has_names_of(result, run)]
+            if named and not any(has_flags_of(result, run) for run in named):
+                raise ValueError(
+                    f"{self.files.results}:{line}: the method {result.method} had other flags "
+                    f"({result.flags}); give it another name in {self.files.plan}, or delete its "
+                    "lines"
+                )
 
     def missing(self, stages: Sequence[str]) -> list[Run]:
         """Return the runs of some stages that have no result, each once, in their order."""
@@ -82,26 +101,19 @@ class Measurement:
         for stage in stages:
             for run in self.runs[stage]:
                 if find_result(self.results, run) is None:
-                    key = replace(run, dev_only=True)
+                    key = replace(run, dev_only=True, test_hash="")
                     # One that reads test as well is a result for both.
                     chosen[key] = run if key not in chosen or not run.dev_only else chosen[key]
         return list(chosen.values())
 
-    def add(self, run: Run, measured: Measured, commit: str) -> Result:
-        """Add the result of a run, and write the report again.
-
-        Args:
-            run: that has ended.
-            measured: its results.
-            commit: of the program when the run began.
-        """
-        names = ("checkpoint", "checkpoint_hash", "data", "data_hash", "train_lines", "method")
+    def add(self, run: Run, measured: Measured) -> Result:
+        """Add the result of a run that has ended, and write the report again."""
+        names = ("checkpoint", "checkpoint_hash", "data", "data_hash", "test_hash", "train_lines")
         result = Result(
             date=datetime.now(UTC).isoformat(timespec="seconds"),
-            commit=commit,
             machine=processor(),
             threads=self.plan.threads,
-            **{name: getattr(run, name) for name in (*names, "flags", "seed")},
+            **{name: getattr(run, name) for name in (*names, "method", "flags", "seed")},
             **asdict(measured),
         )
         with waiting_lock(self.files.results):

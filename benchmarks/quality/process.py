@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.machine import peak_resident
+from benchmarks.quality.results import current_commit
 from benchmarks.quality.runs import Run
 from beyond.interrupts import Interrupted
 from beyond.options import record_path, training_checkpoint
@@ -40,6 +41,7 @@ class RunClaimed(Exception):
 class Measured:
     """What came out of a run; see `results.Result`."""
 
+    commit: str
     dev: float
     test: float
     best_epoch: int
@@ -50,11 +52,12 @@ class Measured:
 
 @dataclass
 class Usage:
-    """Time and peak memory of a run so far, over all its processes.
+    """The commit at which a run began, and its time and peak memory over all its processes.
 
-    They are noted in a file, so that an interrupted run loses at most `SAVE` seconds of them.
+    They are noted in a file, so that an interrupted run loses at most `SAVE` seconds of its time.
     """
 
+    commit: str = ""
     seconds: float = 0.0
     memory_mib: float = math.nan
 
@@ -62,8 +65,9 @@ class Usage:
     def read(cls, path: Path) -> "Usage":
         """Read what an earlier process has used; nothing if there is no such file."""
         try:
-            return cls(**{name: float(v) for name, v in json.loads(path.read_bytes()).items()})
-        except (OSError, ValueError, TypeError, AttributeError):
+            noted = json.loads(path.read_bytes())
+            return cls(str(noted["commit"]), float(noted["seconds"]), float(noted["memory_mib"]))
+        except (OSError, ValueError, TypeError, KeyError):
             return cls()
 
     def write(self, path: Path) -> None:
@@ -137,6 +141,8 @@ def run_process(run: Run, resume: bool) -> tuple[int, str]:
     notes = run.folder / "usage.json"
     out, err = run.folder / "out.txt", run.folder / "err.txt"
     usage = Usage.read(notes) if resume else Usage()
+    usage.commit = usage.commit or current_commit()
+    usage.write(notes)
     argv = [sys.executable, str(RUN_LLAMA), *run.argv(), *(["--resume"] if resume else [])]
     mode = "ab" if resume else "wb"
     with out.open(mode) as out_file, err.open(mode) as err_file:
@@ -218,6 +224,7 @@ def read_results(run: Run) -> Measured:
     done = max(int(number) for number in re.findall(r"^epoch (\d+):", out, re.MULTILINE)) + 1
     usage = Usage.read(folder / "usage.json")
     return Measured(
+        commit=usage.commit,
         dev=scores["dev"]["accuracy"],
         test=scores["test"]["accuracy"] if "test" in scores else math.nan,
         best_epoch=scores["best"]["epoch"],

@@ -19,10 +19,10 @@ Measured by `{command}`, which also writes this file. Each run is one
 and checkpoint. Choices between methods are made on dev only.
 
 - *dev*, *test*: mean accuracy of the best epoch on dev, and the standard deviation over the seeds.
-- *difference*: the mean difference to the baseline, with its 95% interval in brackets. Runs with
-  the same seed are compared (paired t interval); fewer than three seeds give none. The interval
-  says what other seeds would give. Other sentences would differ too: the standard error of an
-  accuracy of .4 is .015 on the 1,101 dev sentences of SST.
+- *to ...*: the mean difference to that method, with its 95% interval in brackets. Runs with the
+  same seed are compared (paired t interval); fewer than three seeds give none. The interval says
+  what other seeds would give. Other sentences would differ too: the standard error of an accuracy
+  of .4 is .015 on the 1,101 dev sentences of SST. *plain* is the assignment's recipe.
 - *seeds*: how many are measured; *n of m* if the plan has more.
 - *time*, *memory*: seconds of a whole run, and its peak resident memory, relative to the baseline
   on the same machine. Other programs used it at times, so the times are rough.
@@ -108,7 +108,7 @@ def table_lines(table: Table) -> Iterator[str]:
     """Yield the lines of a table."""
     heads = ["method", "seeds"]
     for split in table.splits:
-        heads += [split, "difference"]
+        heads += [split, *(f"to {name}" for name in compared(table))]
     heads += ["time", "memory"]
     yield f"| {' | '.join(heads)} |"
     yield "|---" * len(heads) + "|"
@@ -119,6 +119,12 @@ def table_lines(table: Table) -> Iterator[str]:
         yield f"The test labels of {table.data} are placeholders, so test is left unread."
 
 
+def compared(table: Table) -> list[str]:
+    """Return the methods that the others are compared with: the baseline, and the plain recipe."""
+    baseline, plain = table.stage.baseline, table.plain
+    return [baseline] if plain is None or plain == baseline else [baseline, plain]
+
+
 def cells(row: Row, table: Table) -> Iterator[str]:
     """Yield the cells of a method."""
     done = len(row.results)
@@ -127,7 +133,9 @@ def cells(row: Row, table: Table) -> Iterator[str]:
     is_baseline = row.method == table.stage.baseline
     for split in table.splits:
         yield show_scores(row.scores(split))
-        yield "" if is_baseline or not done else show_difference(row.difference(split))
+        for name in compared(table):
+            difference = row.difference(split, to_plain=name == table.plain)
+            yield "" if row.method == name or not done else show_difference(difference)
     ratios = (row.ratio(lambda r: r.seconds), row.ratio(lambda r: r.memory_mib))
     if is_baseline and done:
         seconds, memory = (

@@ -27,6 +27,7 @@ class Result:
     checkpoint_hash: str
     data: str
     data_hash: str  # of label words, training and dev file
+    test_hash: str  # of the test file; empty if it was left unread
     train_lines: str
     method: str
     flags: str
@@ -53,20 +54,31 @@ def is_result_of(result: Result, run: Run) -> bool:
 
     What makes them the same is what decides the accuracy: checkpoint, data, lines, method, flags
     and seed. Commit, machine and threads are recorded, but another commit, such as one that
-    changes a comment, does not ask for all runs again. To repeat a run, delete its line. What is
-    not known here, since a file is missing, is not compared.
+    changes a comment, does not ask for all runs again. To repeat a run, delete its line. Values
+    that need a missing file are not compared.
     """
+    return (
+        result.seed == run.seed
+        and has_names_of(result, run)
+        and has_flags_of(result, run)
+        and run.checkpoint_hash in ("", result.checkpoint_hash)
+        and run.data_hash in ("", result.data_hash)
+        and (run.dev_only or (result.has_test and run.test_hash in ("", result.test_hash)))
+    )
+
+
+def has_names_of(result: Result, run: Run) -> bool:
+    """Return whether the plan calls a result and a run the same, but for the seed."""
+    names = ("checkpoint", "data", "train_lines", "method")
+    return all(getattr(result, name) == getattr(run, name) for name in names)
+
+
+def has_flags_of(result: Result, run: Run) -> bool:
+    """Return whether a result has a run's flags, as far as these are known."""
     flags = dict(parse_resolved(result.flags))
     for name in run.unknown_flags:
         flags.pop(name, None)
-    names = ("checkpoint", "data", "train_lines", "method", "seed")
-    return (
-        all(getattr(result, name) == getattr(run, name) for name in names)
-        and run.checkpoint_hash in ("", result.checkpoint_hash)
-        and run.data_hash in ("", result.data_hash)
-        and flags == parse_resolved(run.flags)
-        and (run.dev_only or result.has_test)
-    )
+    return flags == parse_resolved(run.flags)
 
 
 def find_result(results: Sequence[Result], run: Run) -> Result | None:

@@ -32,7 +32,8 @@ class Run:
 
     Attributes:
         checkpoint, data, method: names in the plan.
-        checkpoint_hash, data_hash: first digits of SHA-256s; empty if the files are not here.
+        checkpoint_hash, data_hash, test_hash: first digits of SHA-256s; empty if the files are not
+            here, or if test is left unread.
         train_lines: which lines it trains on, in words.
         flags: all that differ from the defaults, besides dtype, epochs and lr, which are always
             there; recorded with the result.
@@ -47,6 +48,7 @@ class Run:
     checkpoint_hash: str
     data: str
     data_hash: str
+    test_hash: str
     train_lines: str
     method: str
     flags: str
@@ -119,6 +121,7 @@ def make_run(plan: Plan, stage: Stage, checkpoint: str, data: str, method: str) 
         checkpoint_hash=hash_model(model.path) if model_here else "",
         data=data,
         data_hash=hash_files(tuple(files)) if data_here else "",
+        test_hash="" if dev_only or not is_file(options.test) else hash_files((options.test,)),
         train_lines=describe_lines(stage),
         method=method,
         flags=resolved_flags(options),

@@ -19,22 +19,29 @@ class Row:
         planned: the number of seeds in the plan.
         results: by seed; those that are there.
         baseline: the results of the method that it is compared with.
+        plain: those of the plain recipe; empty if the stage does not have it.
     """
 
     method: str
     planned: int
     results: dict[int, Result]
     baseline: dict[int, Result]
+    plain: dict[int, Result]
 
     def scores(self, split: str) -> list[float]:
         """Return the accuracies on dev or test, in the order of the seeds."""
         return [getattr(self.results[seed], split) for seed in sorted(self.results)]
 
-    def difference(self, split: str) -> Difference | None:
-        """Compare the accuracies on dev or test with the baseline's, paired by seed."""
+    def difference(self, split: str, to_plain: bool = False) -> Difference | None:
+        """Compare the accuracies on dev or test with the baseline's, paired by seed.
+
+        Args:
+            split: dev or test.
+            to_plain: whether to compare with the plain recipe's instead.
+        """
         values, others = (
             {seed: getattr(result, split) for seed, result in results.items()}
-            for results in (self.results, self.baseline)
+            for results in (self.results, self.plain if to_plain else self.baseline)
         )
         return paired_difference(values, others)
 
@@ -57,6 +64,7 @@ class Table:
     data: str
     splits: tuple[str, ...]  # those that were read
     rows: tuple[Row, ...]
+    plain: str | None  # the method without flags; None if the stage does not have it
 
     @property
     def title(self) -> str:
@@ -82,12 +90,18 @@ def make_tables(plan: Plan, runs: dict[str, list[Run]], results: Sequence[Result
         for checkpoint in stage.checkpoints:
             for data in stage.data:
                 here = [r for r in runs[stage.name] if (r.checkpoint, r.data) == (checkpoint, data)]
-                tables.append(make_table(stage, checkpoint, data, here, results))
+                plain = next((name for name in stage.methods if not plan.methods[name]), None)
+                tables.append(make_table(stage, checkpoint, data, here, results, plain))
     return tables
 
 
 def make_table(
-    stage: Stage, checkpoint: str, data: str, runs: Sequence[Run], results: Sequence[Result]
+    stage: Stage,
+    checkpoint: str,
+    data: str,
+    runs: Sequence[Run],
+    results: Sequence[Result],
+    plain: str | None,
 ) -> Table:
     """Make the table of a stage's runs on a checkpoint and a data set."""
     found: dict[str, dict[int, Result]] = {method: {} for method in stage.methods}
@@ -95,8 +109,14 @@ def make_table(
         if (result := find_result(results, run)) is not None:
             found[run.method][run.seed] = result
     rows = [
-        Row(method, len(stage.seeds), found[method], found[stage.baseline])
+        Row(
+            method,
+            planned=len(stage.seeds),
+            results=found[method],
+            baseline=found[stage.baseline],
+            plain=found[plain] if plain else {},
+        )
         for method in stage.methods
     ]
     splits = ("dev",) if runs[0].dev_only else stage.splits
-    return Table(stage, checkpoint, data, splits, tuple(rows))
+    return Table(stage, checkpoint, data, splits, tuple(rows), plain)

@@ -92,6 +92,7 @@ def make_result(run: Run, dev: float, test: float = math.nan, **values: Any) -> 
         checkpoint_hash=run.checkpoint_hash,
         data=run.data,
         data_hash=run.data_hash,
+        test_hash=run.test_hash,
         train_lines=run.train_lines,
         method=run.method,
         flags=run.flags,

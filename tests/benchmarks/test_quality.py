@@ -28,7 +28,7 @@ import run_llama
 from benchmarks.quality.__main__ import main
 from benchmarks.quality.plan import Plan
 from benchmarks.quality.process import RunFailed, Usage, claimed
-from benchmarks.quality.results import Result, add_result, read_results
+from benchmarks.quality.results import Result, add_result, current_commit, read_results
 from benchmarks.quality.runs import Run
 from beyond.interrupts import Interrupted
 from tests.benchmarks.conftest import make_result, runs_of
@@ -80,7 +80,7 @@ def test_missing_runs_are_run_once(
     status, out, err = measure(capsys, "--stage", "screen")
     assert status == 0, err
     estimate = r", about [\d.]+ s \(estimated: 4 from a timed step, as if plain\)"
-    assert re.fullmatch("stage screen: 4 of 4 runs are missing" + estimate, out[0])
+    assert re.fullmatch("stage screen: 4 of 4 runs to do" + estimate, out[0])
     assert out[1:5] == [
         "  tiny, sst, plain, seed 1",
         "  tiny, sst, mean, seed 1",
@@ -108,7 +108,7 @@ def test_missing_runs_are_run_once(
     assert "| mean | 2 |" in REPORT.read_text()
     before = CSV.read_bytes()
     status, out, _ = measure(capsys, "--stage", "screen")
-    assert (status, out) == (0, ["stage screen: 0 of 4 runs are missing", "wrote plan.md"])
+    assert (status, out) == (0, ["stage screen: 0 of 4 runs to do", "wrote plan.md"])
     assert len(started) == 4 and CSV.read_bytes() == before
     assert [path.name for path in Path("output/quality").iterdir()] == ["sst-train-first-5.txt"]
 
@@ -161,7 +161,7 @@ def test_listing_and_reporting_run_nothing(
 ) -> None:
     status, out, _ = measure(capsys, "--list")
     assert status == 0 and not CSV.exists() and not REPORT.exists()
-    assert out[0].startswith("stage screen: 4 of 4 runs are missing, about ")
+    assert out[0].startswith("stage screen: 4 of 4 runs to do, about ")
     assert out[-1].startswith("16 different runs, about ")
     Path("stories42M.pt").unlink()
     status, out, _ = measure(capsys, "--report")
@@ -170,12 +170,25 @@ def test_listing_and_reporting_run_nothing(
     assert not started
 
 
-def test_a_changed_plan_keeps_old_results(
+def test_a_method_whose_flags_have_changed_is_refused(
     started: list[list[str]], changed: Change, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Its results would be mixed with others; with another name they are kept."""
     assert measure(capsys, "--stage", "screen")[0] == 0
     before = CSV.read_bytes()
+    flags = read_results(CSV)[1].flags
     changed('mean = "--pooling mean', 'mean = "--pooling max')
+    message = (
+        f"plan.csv:3: the method mean had other flags ({flags}); give it another name in "
+        "plan.toml, or delete its lines"
+    )
+    REPORT.unlink()
+    for argv in ([], ["--stage", "full"], ["--list"], ["--report"]):
+        assert refused(capsys, *argv) == message
+    renamed = (
+        Path("plan.toml").read_text().replace('mean = "', 'max = "').replace('"mean"', '"max"')
+    )
+    Path("plan.toml").write_text(renamed)
     status, out, _ = measure(capsys, "--stage", "screen")
     assert status == 0 and len(started) == 4 + 2
     assert out[0] == (
@@ -183,6 +196,24 @@ def test_a_changed_plan_keeps_old_results(
         "left out of the tables"
     )
     assert CSV.read_bytes().startswith(before) and len(read_results(CSV)) == 6
+
+
+def test_runs_whose_files_are_missing_are_left_out(
+    started: list[list[str]], changed: Change, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The others are done; without any of them it is an error."""
+    changed("[data]", 'large = { path = "large.pt" }\n\n[data]')
+    text = Path("plan.toml").read_text()
+    Path("plan.toml").write_text(text.replace('["tiny"]', '["tiny", "large"]', 1))
+    note = "note: 4 runs are left out: large.pt: No such file or directory"
+    status, out, err = measure(capsys, "--stage", "screen", "--list")
+    assert status == 0, err
+    assert out[0] == note and out[1].startswith("stage screen: 4 of 8 runs to do")
+    status, out, err = measure(capsys, "--stage", "screen")
+    assert status == 0 and out[0] == note and len(started) == 4, err
+    assert REPORT.read_text().count("| 0 of 2 | not measured |") == 2
+    REPORT.unlink()
+    assert refused(capsys, "--stage", "screen") == "large.pt: No such file or directory"
 
 
 # ---------------------------------------------------------------------------------------- estimates
@@ -243,7 +274,9 @@ def test_mistakes_are_found_before_any_run(
     assert refused(capsys).startswith("plan.csv:1: expected the columns")
     CSV.unlink()
     Path("data/sst-dev.txt").unlink()
-    assert refused(capsys).startswith("data/sst-dev.txt: no such file; get it with: ")
+    assert refused(capsys, "--stage", "screen").startswith(
+        "data/sst-dev.txt: no such file; get it with: "
+    )
     assert not started
 
 
@@ -376,6 +409,9 @@ def test_a_real_signal_loses_nothing(place: Path, changed: Change, number: int) 
     (before,) = outputs()
     epochs = re.findall(r"^epoch (\d+):", before.read_text(), re.MULTILINE)
     assert len(epochs) < LONG
+    notes = run.folder / "usage.json"
+    assert Usage.read(notes).commit == current_commit()
+    replace(Usage.read(notes), commit="0123456789").write(notes)  # as if it had changed since
     again = subprocess.run(
         [sys.executable, "-m", "benchmarks.quality", *PLAN, "--stage", "screen"],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -384,7 +420,7 @@ def test_a_real_signal_loses_nothing(place: Path, changed: Change, number: int) 
     )
     assert again.returncode == 0, again.stderr
     (result,) = read_results(CSV)
-    assert result.steps == 2 * LONG
+    assert result.steps == 2 * LONG and result.commit == "0123456789"
     assert result.memory_mib > 50 and result.seconds > 1
     assert not run.folder.exists()
     check_same_as_uninterrupted(run, result)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.quality.measurement import DEFAULT_PLAN, Files, Measurement
-from benchmarks.quality.plan import Plan
+from benchmarks.quality.plan import Plan, read_plan
 from benchmarks.quality.results import Result
 from benchmarks.quality.runs import hash_files, hash_model
 from tests.benchmarks.conftest import make_result, runs_of
@@ -45,17 +45,36 @@ def test_a_table_has_means_differences_and_costs(plan: Plan) -> None:
         results.append(make_result(run, dev, test, **values))
     tables = report_of(results)
     assert tables["full: tiny on sst"] == [
-        "| method | seeds | dev | difference | test | difference | time | memory |",
+        "| method | seeds | dev | to plain | test | to plain | time | memory |",
         "| plain | 3 | .500 ± .000 |  | .400 ± .000 |  | 200 s | 400 MiB |",
         "| better | 3 | .520 ± .020 | +.020 [-.030, +.070] | .410 ± .000 | +.010 [+.010, +.010] "
         "| 1.50x | 1.50x |",
     ]
     assert tables["full: tiny on cfimdb"] == [
-        "| method | seeds | dev | difference | time | memory |",
+        "| method | seeds | dev | to plain | time | memory |",
         "| plain | 3 | .500 ± .000 |  | 200 s | 400 MiB |",
         "| better | 3 | .520 ± .020 | +.020 [-.030, +.070] | 1.50x | 1.50x |",
     ]
     assert "The test labels of cfimdb are placeholders" in Path("plan.md").read_text()
+
+
+def test_a_stage_with_another_baseline_is_compared_with_plain_too(changed: Change) -> None:
+    """dev .50, .53 (mean) and .56 (max, the baseline)."""
+    changed('better = "--recipe better"', 'better = "--recipe better"\nmax = "--pooling max"')
+    text = Path("plan.toml").read_text()
+    text = text.replace(
+        '"mean"]\nseeds = [1, 2]', '"mean", "max"]\nseeds = [1, 2]\nbaseline = "max"'
+    )
+    Path("plan.toml").write_text(text)
+    plan = read_plan(Path("plan.toml"))
+    scores = {"plain": 0.5, "mean": 0.53, "max": 0.56}
+    results = [make_result(run, scores[run.method]) for run in runs_of(plan, "screen")]
+    assert [line.split(" | ")[:5] for line in report_of(results)["screen: tiny on sst"]] == [
+        ["| method", "seeds", "dev", "to max", "to plain"],
+        ["| plain", "2", ".500 ± .000", "-.060", ""],
+        ["| mean", "2", ".530 ± .000", "-.030", "+.030"],
+        ["| max", "2", ".560 ± .000", "", "+.060"],
+    ]
 
 
 def test_what_is_planned_and_not_run_is_listed(plan: Plan) -> None:
@@ -100,8 +119,8 @@ def test_the_baseline_is_that_of_the_stage(changed: Change) -> None:
         make_result(run, 0.5 + 0.1 * (run.method == "plain")) for run in runs_of(plan, "screen")
     ]
     table = report_of(results)["screen: tiny on sst"]
-    assert table[1] == "| plain | 2 | .600 ± .000 | +.100 | 1.00x | 1.00x |"
-    assert table[2] == "| mean | 2 | .500 ± .000 |  | 90 s | 500 MiB |"
+    assert table[1] == "| plain | 2 | .600 ± .000 | +.100 |  | 1.00x | 1.00x |"
+    assert table[2] == "| mean | 2 | .500 ± .000 |  | -.100 | 90 s | 500 MiB |"
 
 
 def test_the_report_says_where_its_figures_come_from(plan: Plan) -> None:

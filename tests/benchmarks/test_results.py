@@ -58,7 +58,7 @@ def test_no_file_means_no_results(place: Path) -> None:
     [
         (lambda text: text.replace("date,", "day,"), "plan.csv:1: expected the columns date,"),
         (lambda text: "", "plan.csv:1: expected the columns date,"),
-        (lambda text: text + "1,2\n", "plan.csv:3: expected 18 cells, found 2"),
+        (lambda text: text + "1,2\n", "plan.csv:3: expected 19 cells, found 2"),
         (lambda text: text.replace(",0.5,", ",half,"), "plan.csv:2: dev: expected a number, found"),
         (lambda text: text.replace(",0.5,", ",1.5,"), "plan.csv:2: an accuracy is not in [0, 1]"),
         (lambda text: text.replace(",0.5,", ",,"), "plan.csv:2: an accuracy is not in [0, 1]"),
@@ -83,6 +83,7 @@ def test_what_decides_whose_result_it_is(plan: Plan) -> None:
     for changed in (
         {"checkpoint_hash": "0"},
         {"data_hash": "0"},
+        {"test_hash": "0"},
         {"train_lines": "first 3"},
         {"method": "better"},
         {"flags": run.flags + " pooling=mean"},
@@ -97,7 +98,7 @@ def test_what_decides_whose_result_it_is(plan: Plan) -> None:
 
 def test_a_result_with_test_serves_a_run_on_dev_only(plan: Plan) -> None:
     (run, *_) = runs_of(plan, "full")
-    assert is_result_of(make_result(run, 0.5, 0.25), replace(run, dev_only=True))
+    assert is_result_of(make_result(run, 0.5, 0.25), replace(run, dev_only=True, test_hash=""))
 
 
 def test_the_newest_result_counts(plan: Plan) -> None:
