@@ -339,7 +339,9 @@ def fill_in_recipe(values: dict[str, Any]) -> tuple[str, ...]:
             try:
                 MethodOptions(**method, **{name: value}).check_method()
             except ValueError:
-                notes.append(f"--recipe {recipe} without --{name}, which the other flags exclude")
+                notes.append(
+                    f"--recipe {recipe}: leaves out --{name}, as other flags contradict it"
+                )
                 continue
             method[name] = value
         values[name] = value

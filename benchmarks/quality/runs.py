@@ -136,7 +136,7 @@ def make_run(plan: Plan, stage: Stage, checkpoint: str, data: str, method: str) 
 def command(
     plan: Plan, model: Checkpoint, data: str, method: str, train: str | None, dev_only: bool
 ) -> list[str]:
-    """Return the arguments of a run but for its seed and results.
+    """Return the arguments of a run, without its seed and its output files.
 
     With `dev_only` the program gets the dev file as its test file, so nothing reads the real one.
     """

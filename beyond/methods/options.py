@@ -102,8 +102,8 @@ class MethodOptions:
         action=argparse.BooleanOptionalAction,  # so that a recipe's can be switched off
     )
     layer_decay: float = flag(
-        "the learning rate of a layer is this number times that of the layer above it, and the "
-        "head has --lr; 1: all have --lr",
+        "the learning rate of a layer is this number times that of the layer above it; the head "
+        "has --lr, unless it is part of the embeddings, which have the lowest; 1: all have --lr",
         1.0,
         type=positive_fraction,
     )
@@ -201,13 +201,13 @@ class MethodOptions:
             )
         if self.wise_ft != 1 and self.head != "label_words":
             raise ValueError(
-                f"--wise_ft {self.wise_ft}: needs --head label_words, whose untrained end is the "
+                f"--wise_ft {self.wise_ft}: needs --head label_words, because it mixes with the "
                 "zero-shot classifier"
             )
         if self.wise_ft != 1 and self.lora_rank:
             raise ValueError(
-                "--wise_ft and --lora_rank: WiSE-FT mixes weights that train, and with LoRA the "
-                "pretrained ones do not; leave one out"
+                "--wise_ft and --lora_rank: LoRA freezes the weights that WiSE-FT would mix; leave "
+                "one out"
             )
         if self.head == "label_words":
             if self.freeze_backbone:

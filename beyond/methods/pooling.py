@@ -7,9 +7,9 @@ With h_i (dim,) the hidden state of token i, after the final norm, of a sentence
 - attention: sum_i a_i h_i with a = softmax(q h_1, ..., q h_n) and a learned vector q (Lin et al.
   2017, arXiv:1703.03130, eq. 5, without its hidden layer). q starts as 0, which gives the mean, so
   that no random number is drawn;
-- before_stop: h_{n-1} if the sentence ends with a full stop, else h_n. A model that predicts the
-  next token has at the full stop only the next sentence's beginning to predict. The stops are
-  `.`, `!` and `?`, each as a token of its own; after `...` or a quotation mark it is h_n.
+- before_stop: h_{n-1} if the sentence ends with a full stop, else h_n. At the full stop, the model
+  only has to predict how the next sentence begins. The stops are `.`, `!` and `?`, each as a token
+  of its own; after `...` or a quotation mark it is h_n.
 
 The tokens are all of the row before its padding, with BOS if the tokenizer adds it. Unlike the
 assignment's last column, none of these reads a padding token, in reference mode either; there

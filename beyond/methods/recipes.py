@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-# By name: flags by the names of their fields. Between two that contradict each other the first
-# one stays, so a flag comes after those that it needs.
+# By name: flags by the names of their fields. If a given flag contradicts one of them, that one is
+# left out, so a flag comes after those that it needs.
 RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "better": MappingProxyType(
@@ -33,7 +33,7 @@ RULED = ("head", "layer_decay", "lr", "epochs")  # the flags that the rule sets 
 
 RATE, RATE_PARAMETERS = 2e-4, 5.5e6  # the rate of a model of this size
 LOWEST_RATE, HIGHEST_RATE = 1e-5, 3e-4
-LOWEST_LAYER = 0.25  # its part of the learning rate
+LOWEST_LAYER = 0.25  # its share of the learning rate
 BYTES = 3e6  # of text that a run reads, if that takes no more than MOST_EPOCHS
 MOST_EPOCHS = 10
 
@@ -57,7 +57,7 @@ def learning_rate(parameters: int) -> float:
 def layer_decay(layers: int) -> float:
     """Return the factor from one layer's learning rate to that of the layer below.
 
-    However many layers there are, the lowest one learns at about a quarter of the head's rate.
+    However many layers there are, the lowest one learns at about a quarter of --lr.
 
     Args:
         layers: of the pretrained model.

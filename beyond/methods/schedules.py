@@ -4,7 +4,14 @@
 - Layer-wise learning rates: Howard & Ruder 2018, "ULMFiT", arXiv:1801.06146, section 3.2
   (discriminative fine-tuning, rate of layer l-1 = rate of layer l * decay); with embeddings as the
   lowest layer: Clark et al. 2020, "ELECTRA", arXiv:2003.10555, appendix B.
+- Weight decay: Loshchilov & Hutter 2019, arXiv:1711.05101, Algorithm 2 (decoupled from the
+  gradient), here of matrices only.
 - Clipping: Pascanu et al. 2013, arXiv:1211.5063, Algorithm 1.
+
+The rate of a parameter in step s (from 0) of S, with W steps of warm-up, d layers below the head:
+
+    lr * decay^d * (s + 1) / (W + 1)        in the warm-up
+    lr * decay^d * (S - s) / (S - W)        after it, with linear decay; else lr * decay^d
 
 The rates depend on the step and the number of steps only, so a resumed run needs no state of them.
 """
@@ -24,8 +31,8 @@ Groups = list[dict[str, Any]]
 def rate_factor(step: int, total_steps: int, warmup: float, linear_decay: bool) -> float:
     """Return the share of the learning rate that a step uses, in (0, 1].
 
-    It would be 0 just before the first step of a warm-up, and just after the last step of a decay,
-    so no step is wasted. It is 1 at the first step after the warm-up.
+    It is 1 at the first step after the warm-up. No step has a rate of 0: a warm-up of W steps
+    begins with 1 / (W + 1), and a decay of D steps ends with 1 / D.
 
     Args:
         step: from 0 to total_steps - 1.

@@ -1,4 +1,4 @@
-"""What ingredients share that choose which weights train, or which weights are kept."""
+"""Helpers for ingredients that choose which weights train, or which weights are kept."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

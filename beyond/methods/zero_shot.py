@@ -10,6 +10,9 @@ normalised to a sum of 1, and p_cf their mean over prompts whose sentence is fre
 Computed here as log q = log p - log p_cf, so that no small probability underflows. The paper takes
 a softmax of q, which changes no prediction. The prompts without content are scored one by one, so
 they have no padding, which in reference mode the prompts of a batch may have.
+
+`--no_trailing_space`, which is not from the paper, leaves out the space at the end of the prompt:
+Llama's tokenizer makes it a token of its own, although each label word has its own space before it.
 """
 
 import math

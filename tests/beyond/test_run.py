@@ -455,6 +455,12 @@ def test_patience_that_does_not_run_out_changes_nothing(
 ) -> None:
     status, out, _ = run([*STOPPED, "--patience", "4"], capsys)
     assert status == 0 and len(dev_accuracies(out)) == 4 and "stop:" not in out
+    kept = []
+    for flags in ([], ["--patience", "9"]):
+        assert run([*FINETUNE, *flags], capsys)[0] == 0
+        kept.append(read_checkpoint("out/a.pt")["model"])
+    plain, ours = kept
+    assert all(torch.equal(ours[name], weight) for name, weight in plain.items())
 
 
 @pytest.mark.sweep

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,6 +64,45 @@ def test_update_matches_the_equation() -> None:
     np.testing.assert_allclose(linear(torch.tensor(x).float()).detach(), expected, atol=1e-5)
     merged = update.merge(linear.weight).numpy()
     np.testing.assert_allclose(merged, w0 + 6 / 3 * (b @ a), atol=1e-6)
+
+
+def test_updates_are_those_of_peft() -> None:
+    """With its A and B set to ours: predictions, gradients of A and B, and merged matrices."""
+    from peft import LoraConfig, inject_adapter_in_model  # here, since it takes seconds
+
+    rows, method = make_rows(), make_lora(make_classifier(), MATRICES)
+    train_steps(method)
+    theirs = make_classifier()
+    theirs.load_state_dict(method.classifier.state_dict())  # the head has been trained
+    config = LoraConfig(
+        r=3, lora_alpha=6, target_modules=[path.split(".")[-1] for path in PATHS.values()]
+    )
+    inject_adapter_in_model(config, theirs.llama)
+    modules: list[Any] = [
+        theirs.llama.layers[i].get_submodule(PATHS[name]) for i in range(2) for name in MATRICES
+    ]
+    updates = [u for u in lora_of(method).updates if isinstance(u, LowRankUpdate)]
+    pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
+    for update, module in zip(updates, modules, strict=True):
+        pairs += [
+            (update.a, module.lora_A["default"].weight),
+            (update.b, module.lora_B["default"].weight),
+        ]
+    with torch.no_grad():
+        for our, their in pairs:
+            their.copy_(our)
+    outputs = [c.eval()(rows.tokens, rows.lengths) for c in (method.classifier, theirs)]
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=0)
+    method.zero_grad()
+    for output in outputs:
+        output[:, 0].sum().backward()
+    for our, their in pairs:
+        assert our.grad is not None and our.grad.any()
+        torch.testing.assert_close(our.grad, their.grad, atol=1e-5, rtol=1e-4)
+    for update, module in zip(updates, modules, strict=True):
+        merged = update.merge(module.base_layer.weight)
+        module.merge()
+        torch.testing.assert_close(merged, module.base_layer.weight, atol=1e-6, rtol=0)
 
 
 def test_first_step_starts_from_the_pretrained_model() -> None:

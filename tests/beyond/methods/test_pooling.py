@@ -143,6 +143,30 @@ def test_the_head_is_on_the_pooled_hidden_states(
 
 
 @pytest.mark.parametrize("name", POOLINGS)
+def test_the_limit_case_is_the_plain_classifier(word_tokenizer: Tokenizer, name: str) -> None:
+    """Sentences of one token, or without a final stop: predictions bit for bit.
+
+    The gradients of lower layers are sums in another order.
+    """
+    rows = [[7], [20], [99]]
+    if name == "before_stop":
+        texts = ["a good film", "bad", "a moving film about two sisters"]
+        rows = [word_tokenizer.encode(text, bos=True, eos=False) for text in texts]
+    tokens, lengths = pad_rows(rows, pad_id=3)
+    found = []
+    for pooled in (False, True):
+        classifier = make_classifier(True, word_tokenizer)
+        model = PooledClassifier(classifier, name).eval() if pooled else classifier
+        output = model(tokens, lengths)
+        output[:, 0].sum().backward()
+        gradients = [p.grad for n, p in model.named_parameters() if "pooling" not in n]
+        found.append([output, *(g for g in gradients if g is not None)])
+    assert len(found[0]) > 10 and torch.equal(found[0][0], found[1][0])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", POOLINGS)
 def test_causal_predictions_do_not_depend_on_padding(word_tokenizer: Tokenizer, name: str) -> None:
     model = PooledClassifier(make_classifier(True, word_tokenizer), name).eval()
     rows = [[1, 20, 33], [1, 7, 300, 41, 5, 6, 9], [1, 99]]

@@ -116,7 +116,7 @@ def test_a_flag_that_contradicts_a_given_one_is_left_out(
 ) -> None:
     options = options_of(*flags)
     assert options.notes == tuple(
-        f"--recipe better without --{name}, which the other flags exclude" for name in without
+        f"--recipe better: leaves out --{name}, as other flags contradict it" for name in without
     )
     for name in without:
         assert getattr(resolve_rule(options), name) == getattr(FinetuneOptions, name)

@@ -93,13 +93,13 @@ def test_a_resumed_run_mixes_in_the_pretrained_weights(
     [
         (
             ["--wise_ft", "0.5"],
-            "--wise_ft 0.5: needs --head label_words, whose untrained end is the zero-shot "
+            "--wise_ft 0.5: needs --head label_words, because it mixes with the zero-shot "
             "classifier",
         ),
         (
             ["--wise_ft", "0.5", "--lora_rank", "2", "--head", "label_words"],
-            "--wise_ft and --lora_rank: WiSE-FT mixes weights that train, and with LoRA the "
-            "pretrained ones do not; leave one out",
+            "--wise_ft and --lora_rank: LoRA freezes the weights that WiSE-FT would mix; leave "
+            "one out",
         ),
     ],
 )
