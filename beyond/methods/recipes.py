@@ -4,7 +4,8 @@
 best depends on the model and on the data, so a rule sets four of them: the learning rate by the
 number of parameters, its decay from layer to layer by the number of layers, the epochs by the size
 of the training file, and a new head instead of the label words where the tokenizer cuts one of them
-into several tokens. It does not look at dev or test, so nothing is chosen by hand for a checkpoint.
+into several tokens, or where a sentence is too long for the prompt after it. It does not look at
+dev or test, so nothing is chosen by hand for a checkpoint.
 
 Like `beyond/options.py`, this module imports neither PyTorch nor NumPy.
 """
@@ -25,6 +26,8 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
                 "warmup": 0.06,
                 "linear_decay": True,
                 "layer_decay": 0.8,  # the rule sets it
+                "dropout": 0.1,
+                "r_drop": 1.0,
             }
         )
     }
@@ -34,7 +37,7 @@ RULED = ("head", "layer_decay", "lr", "epochs")  # the flags that the rule sets 
 RATE, RATE_PARAMETERS = 2e-4, 5.5e6  # the rate of a model of this size
 LOWEST_RATE, HIGHEST_RATE = 1e-5, 3e-4
 LOWEST_LAYER = 0.25  # its share of the learning rate
-BYTES = 3e6  # of text that a run reads, if that takes no more than MOST_EPOCHS
+BYTES = 5e6  # of text that a run reads, if that takes no more than MOST_EPOCHS
 MOST_EPOCHS = 10
 
 
