@@ -1,14 +1,17 @@
 """Make the model and the tokenizer of a checkpoint of any kind."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from base_llama import read_checkpoint
 from beyond.formats.files import TOKENIZERS, Kind, kind_of
 from beyond.formats.huggingface import read_huggingface
 from beyond.formats.huggingface_tokenizer import JsonTokenizer, read_tokenizer_json
 from beyond.formats.llama2c import read_llama2c
 from beyond.formats.llama2c_tokenizer import to_sentencepiece, to_tokenizer_bin
 from beyond.formats.meta import read_meta
-from llama import Llama, load_pretrained
+from llama import Llama
 from tokenizer import Tokenizer
 from utils import open_atomically
 
@@ -24,7 +27,7 @@ def load_llama(
     """Load the model of a checkpoint of any kind, on the CPU, in eval mode.
 
     Args:
-        path: a file or a folder.
+        path: a file or a folder. Of a fine-tuned classifier the head is left out.
         causal, dropout, max_seq_len: override the checkpoint's own values unless None. Models of
             llama2.c, Meta and Hugging Face were trained causally, so they are causal.
 
@@ -33,9 +36,24 @@ def load_llama(
         ValueError: it is not a checkpoint, or a model that this project does not compute.
     """
     kind = kind_of(path)
-    if kind == "pt":
-        return load_pretrained(path, causal, dropout, max_seq_len)
-    return Llama.from_checkpoint(READERS[kind](path), path, causal, dropout, max_seq_len)
+    checkpoint = read_checkpoint(path) if kind == "pt" else READERS[kind](path)
+    if "classifier" in checkpoint:
+        checkpoint = take_backbone(checkpoint)
+    return Llama.from_checkpoint(checkpoint, path, causal, dropout, max_seq_len)
+
+
+def take_backbone(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the checkpoint of the model in a fine-tuned classifier's checkpoint, without the head.
+
+    So a classifier can be fine-tuned further, on other labels too.
+    """
+    prefix = "llama."
+    weights = {
+        name.removeprefix(prefix): weight
+        for name, weight in checkpoint["model"].items()
+        if str(name).startswith(prefix)
+    }
+    return {**checkpoint, "model": weights}
 
 
 def load_tokenizer(max_len: int | None, path: str | Path) -> Tokenizer:

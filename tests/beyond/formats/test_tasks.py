@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 import torch
 
-from base_llama import read_checkpoint
+from base_llama import read_checkpoint, write_checkpoint
 from beyond.decoding import prepare_for_decoding
 from beyond.formats.files import default_tokenizer
 from beyond.formats.huggingface import write_huggingface
@@ -17,10 +17,11 @@ from beyond.formats.llama2c import write_llama2c
 from beyond.formats.llama2c_tokenizer import to_tokenizer_bin
 from beyond.formats.load import load_llama, load_tokenizer
 from beyond.generation import generate_texts
+from beyond.methods.checkpoints import load_any_classifier
 from classifier import ClassifierConfig, LlamaZeroShotClassifier
 from llama import Llama
 from run_llama import build_prompt_suffix, get_args, main
-from tests.beyond.runs import interrupt, run
+from tests.beyond.runs import assert_equal, interrupt, run
 from tests.conftest import SENTENCES, make_llama
 from tokenizer import Tokenizer
 
@@ -306,3 +307,38 @@ def test_padding_changes_no_text_of_a_causal_model(
         for text in generate_texts(llama, tokenizer, [prompt], 1.0, options)  # type: ignore[arg-type]
     ]
     assert together == alone
+
+
+# ---------------------------------------------------------------------------------- classifiers
+
+
+@pytest.mark.parametrize("flags", [[], ["--causal", "--pooling", "attention", "--pool_layer", "1"]])
+def test_a_classifier_can_be_fine_tuned_further(
+    workplace: Path, capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    """Its backbone is used, and its head left out, so the labels may be others."""
+    status, _, err = run([*FINETUNE, *flags], capsys)
+    assert status == 0, err
+    classifier = load_any_classifier("out/best.pt")
+    Path("classifier.pt").write_bytes(Path("out/best.pt").read_bytes())
+    backbone = load_llama("classifier.pt")
+    assert_equal(backbone.state_dict(), classifier.llama.state_dict())
+    assert backbone.config == classifier.llama.config
+    Path("labels.json").write_text('["bad", "fair", "good"]')
+    argv = [*FINETUNE, "--pretrained-model-path", "classifier.pt", "--label-names", "labels.json"]
+    status, out, err = run([*argv, "--tokenizer_path", "tokenizer.model"], capsys)
+    assert status == 0 and "load model from classifier.pt" in out, err
+    assert load_any_classifier("out/best.pt").num_labels == 3
+
+
+def test_a_classifier_without_a_part_of_its_model_is_refused(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(FINETUNE, capsys)[0] == 0
+    checkpoint = read_checkpoint("out/best.pt")
+    weights = {n: w for n, w in checkpoint["model"].items() if n != "llama.norm.weight"}
+    write_checkpoint("half.pt", {**checkpoint, "model": weights})
+    argv = ["--pretrained-model-path", "half.pt", "--tokenizer_path", "tokenizer.model"]
+    status, _, err = run(argv, capsys)
+    assert status == 2 and err.count("\n") == 1
+    assert "half.pt: the weights do not fit the model: missing norm.weight" in err
