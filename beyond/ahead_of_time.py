@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from beyond.kernels import cache_folder, processor
 from utils import open_atomically
 
-# PyTorch built for CUDA would warn on each machine without a GPU, where nothing is amiss.
+# With CUDA's tools but without a GPU PyTorch would warn, although nothing is amiss.
 logging.getLogger("torch.utils.cpp_extension").addFilter(
     lambda record: "No CUDA runtime" not in record.getMessage()
 )

@@ -21,8 +21,8 @@ def run_seeds(options: FinetuneOptions, finetune: Finetune, build_prompt: BuildP
 
     Args:
         options: of all runs. Without `seeds` there is one run and no summary.
-        finetune: runs one seed; handed over by `run_llama.run_task`, as is
-        build_prompt: returns the zero-shot prompt for some label words.
+        finetune: runs one seed. `run_llama.run_task` passes it, and
+        build_prompt: returns the zero-shot prompt for label words.
     """
     options = apply_rule(options, build_prompt)
     if not options.seeds:

@@ -104,14 +104,18 @@ def problem_of_inputs(run: Run) -> str:
     return ""
 
 
-def runnable(runs: Sequence[Run]) -> list[Run]:
+def runnable(runs: Sequence[Run], nothing_done: bool) -> list[Run]:
     """Return the runs whose inputs can be read, and say which ones are left out.
 
+    Args:
+        runs: those without a result.
+        nothing_done: whether no run of the chosen stages has a result.
+
     Raises:
-        OSError: those of no run can be read.
+        OSError: the same, and no run has inputs that can be read.
     """
     here = [run for run in runs if not problem_of_inputs(run)]
-    if runs and not here:
+    if nothing_done and runs and not here:
         check_inputs(runs[0])
     problems = Counter(problem for run in runs if (problem := problem_of_inputs(run)))
     for problem, count in problems.items():
@@ -129,7 +133,9 @@ def measure(args: argparse.Namespace) -> int:
         measurement.report()
         say(f"wrote {measurement.files.report}")
         return 0
-    missing = runnable(measurement.missing(stages))
+    missing = measurement.missing(stages)
+    nothing_done = len(missing) == len(measurement.different(stages))
+    missing = runnable(missing, nothing_done)
     for path in (measurement.files.results, measurement.files.report):
         prepare_output(path)
     estimator = Estimator(measurement.results, processor(), measurement.plan.threads)

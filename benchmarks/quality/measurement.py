@@ -16,6 +16,7 @@ from benchmarks.quality.results import (
     add_result,
     find_result,
     has_flags_of,
+    has_inputs_of,
     has_names_of,
     is_result_of,
     read_results,
@@ -87,7 +88,9 @@ class Measurement:
         """Raise ValueError if a method of the plan has results with other flags."""
         runs = [run for runs in self.runs.values() for run in runs]
         for line, result in enumerate(self.results, start=2):
-            named = [run for run in runs if has_names_of(result, run)]
+            named = [
+                run for run in runs if has_names_of(result, run) and has_inputs_of(result, run)
+            ]
             if named and not any(has_flags_of(result, run) for run in named):
                 raise ValueError(
                     f"{self.files.results}:{line}: the method {result.method} had other flags "
@@ -95,16 +98,19 @@ class Measurement:
                     "lines"
                 )
 
-    def missing(self, stages: Sequence[str]) -> list[Run]:
-        """Return the runs of some stages that have no result, each once, in their order."""
+    def different(self, stages: Sequence[str]) -> list[Run]:
+        """Return the runs of some stages, each once, in their order."""
         chosen: dict[Run, Run] = {}
         for stage in stages:
             for run in self.runs[stage]:
-                if find_result(self.results, run) is None:
-                    key = replace(run, dev_only=True, test_hash="")
-                    # One that reads test as well is a result for both.
-                    chosen[key] = run if key not in chosen or not run.dev_only else chosen[key]
+                key = replace(run, dev_only=True, test_hash="")
+                # One that reads test as well is a result for both.
+                chosen[key] = run if key not in chosen or not run.dev_only else chosen[key]
         return list(chosen.values())
+
+    def missing(self, stages: Sequence[str]) -> list[Run]:
+        """Return those of the different runs that have no result."""
+        return [run for run in self.different(stages) if find_result(self.results, run) is None]
 
     def add(self, run: Run, measured: Measured) -> Result:
         """Add the result of a run that has ended, and write the report again."""

@@ -18,7 +18,7 @@ COLOURS = {"dev": "#084081", "test": "#c2410c"}
 LEAST_RANGE = 0.02  # of the axis, so that differences of no size do not look large
 LEGEND = (
     "Difference in accuracy to the baseline. Dots: seeds. Diamond: their mean.",
-    "Line: 95% interval of the mean; without a bar at its end it continues outside.",
+    "Line: 95% interval of the mean; without an end bar it extends beyond the plot.",
 )
 Panel = tuple[str, str, list[tuple[str, Difference | None]]]  # title, split, methods
 

@@ -60,9 +60,8 @@ def is_result_of(result: Result, run: Run) -> bool:
     return (
         result.seed == run.seed
         and has_names_of(result, run)
+        and has_inputs_of(result, run)
         and has_flags_of(result, run)
-        and run.checkpoint_hash in ("", result.checkpoint_hash)
-        and run.data_hash in ("", result.data_hash)
         and (run.dev_only or (result.has_test and run.test_hash in ("", result.test_hash)))
     )
 
@@ -71,6 +70,14 @@ def has_names_of(result: Result, run: Run) -> bool:
     """Return whether the plan calls a result and a run the same, but for the seed."""
     names = ("checkpoint", "data", "train_lines", "method")
     return all(getattr(result, name) == getattr(run, name) for name in names)
+
+
+def has_inputs_of(result: Result, run: Run) -> bool:
+    """Return whether a result has a run's checkpoint and data, as far as these are here."""
+    return run.checkpoint_hash in ("", result.checkpoint_hash) and run.data_hash in (
+        "",
+        result.data_hash,
+    )
 
 
 def has_flags_of(result: Result, run: Run) -> bool:

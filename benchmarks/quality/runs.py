@@ -1,5 +1,6 @@
 """The runs of a plan: their command lines, and what identifies their results."""
 
+import contextlib
 import hashlib
 import random
 import shlex
@@ -114,8 +115,9 @@ def make_run(plan: Plan, stage: Stage, checkpoint: str, data: str, method: str) 
     model_here = all(Path(path).exists() for path in options.input_files[:1])
     files = [options.label_names, options.train, options.dev]
     data_here = all(map(is_file, files))
-    if options.left_to_rule and model_here and data_here:
-        options = apply_rule(options, build_prompt_suffix, lambda line: None)
+    if model_here and data_here:
+        with contextlib.suppress(FileNotFoundError):  # `check_inputs` says which one
+            options = apply_rule(options, build_prompt_suffix, lambda line: None)
     return Run(
         checkpoint=checkpoint,
         checkpoint_hash=hash_model(model.path) if model_here else "",

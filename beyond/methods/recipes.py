@@ -4,8 +4,8 @@
 best depends on the model and on the data, so a rule sets four of them: the learning rate by the
 number of parameters, its decay from layer to layer by the number of layers, the epochs by the size
 of the training file, and a new head instead of the label words where the tokenizer cuts one of them
-into several tokens, or where a sentence is too long for the prompt after it. It does not look at
-dev or test, so nothing is chosen by hand for a checkpoint.
+into several tokens, or where a sentence and the prompt together exceed the model's context. Of dev
+and test it looks at these lengths only, so nothing is chosen by hand for a checkpoint.
 
 Like `beyond/options.py`, this module imports neither PyTorch nor NumPy.
 """

@@ -64,7 +64,8 @@ def problem_of_asking(
 ) -> str:
     """Return why the model cannot be asked for a label word after each sentence; "" if it can.
 
-    A label word may be several tokens, or a training sentence with the prompt too long.
+    A label word may be several tokens, or sentence and prompt together longer than the context. Of
+    dev and test only these lengths are looked at, so that no run ends in an error because of them.
     """
     names = read_label_names(options.label_names)
     tokenizer = load_tokenizer(options.max_sentence_len, options.tokenizer_path)
@@ -72,16 +73,17 @@ def problem_of_asking(
     tokens = [tokenizer.label_tokens(name, f"{prompt} ") for name in names]
     if problem := problem_of_words(names, tokens, tokenizer):
         return problem
-    lines = enumerate(read_lines(options.train), start=1)
-    texts = {number: parse_example(line, options.train, number)[1] for number, line in lines}
-    # A token is at least one byte, so most sentences are short enough without a look at them.
-    longest = config.max_seq_len - len(prompt.encode()) - 2  # BOS, and a space that may be added
-    long = {number: text for number, text in texts.items() if len(text.encode()) > longest}
-    asked = PromptTokenizer(tokenizer, prompt).encode_texts(list(long.values()))
-    for number, row in zip(long, asked, strict=True):
-        if (length := len(row) + tokenizer.adds_bos) > config.max_seq_len:
-            return (
-                f"{options.train}:{number}: with the prompt it has {length} tokens, more than the "
-                f"model's {config.max_seq_len}"
-            )
+    # A token is at least one byte in nearly all tokenizers, so most sentences need no tokenizing.
+    most_bytes = config.max_seq_len - len(prompt.encode()) - 2  # BOS, and a space that may be added
+    for path in options.data_files.values():
+        lines = enumerate(read_lines(path), start=1)
+        texts = {number: parse_example(line, path, number)[1] for number, line in lines}
+        long = {number: text for number, text in texts.items() if len(text.encode()) > most_bytes}
+        asked = PromptTokenizer(tokenizer, prompt).encode_batch(list(long.values()), True, False)
+        for number, row in zip(long, asked, strict=True):
+            if len(row) > config.max_seq_len:
+                return (
+                    f"{path}:{number}: with the prompt it has {len(row)} tokens, more than the "
+                    f"model's {config.max_seq_len}"
+                )
     return ""

@@ -100,8 +100,8 @@ def test_recorded_flags_are_those_in_force(plan: Plan) -> None:
     plain, better = runs_of(plan, "full")[:2]
     assert plain.flags == "batch_size=3 dtype=float32 epochs=2 lr=2e-05"
     assert better.flags == (
-        "batch_size=3 causal=True dtype=float32 epochs=2 layer_decay=0.5 "
-        "linear_decay=True lr=0.0003 recipe=better warmup=0.06"
+        "batch_size=3 causal=True dropout=0.1 dtype=float32 epochs=2 layer_decay=0.5 "
+        "linear_decay=True lr=0.0003 r_drop=1.0 recipe=better warmup=0.06"
     )
     assert better.unknown_flags == ()
 

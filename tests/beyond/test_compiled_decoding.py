@@ -216,6 +216,7 @@ def test_the_command_compiles_quietly_where_nothing_can_be_kept(workplace: Path)
     """PyTorch prints no warning of its own, and the text is the one without the flag."""
     (workplace / "cache").write_text("a file, not a folder")
     env = {**os.environ, "XDG_CACHE_HOME": str(workplace / "cache"), "OMP_NUM_THREADS": "1"}
+    env["CUDA_HOME"] = "/nowhere"  # as if CUDA's tools were there, so that PyTorch would warn
     texts = []
     for flags in ([], ["--compile"]):
         argv = [sys.executable, str(ROOT / "run_llama.py"), *ARGV, "--threads", "1", *flags]

@@ -212,6 +212,10 @@ def test_sentences_that_do_not_fit_with_the_prompt_get_a_new_head(
             f"it has {longest} tokens, more than the model's {context}"
         )
         assert out.count(note) == (head == "linear")
+    with open("data/cfimdb-dev.txt", "a") as file:  # the lengths of dev and test count too
+        file.write(f"0 ||| {texts_of('train')[number - 1]} and a film\n")
+    save_llama(make_llama(causal=True, max_seq_len=longest), Path("short.pt"))
+    assert resolve_rule(options_of(*flags)).head == "linear"
     # A sentence may be cut off; the prompt is not.
     assert resolve_rule(options_of(*flags, "--max_sentence_len", "1")).head == "label_words"
 
