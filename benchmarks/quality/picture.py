@@ -79,7 +79,7 @@ def draw_panel(panel: Panel) -> Iterator[str]:
         place = f"x='{LABEL_WIDTH - 12}' y='{y + 4}' text-anchor='end'"
         yield f"<text {place}>{html.escape(name)}</text>"
         if difference is None:
-            yield f"<text x='{x_of(0) + 8}' y='{y + 4}' fill='#6b7280'>not measured</text>"
+            yield f"<text x='{LABEL_WIDTH + 8}' y='{y + 4}' fill='#6b7280'>not measured</text>"
             continue
         if difference.interval:
             left, right = map(x_of, difference.interval)

@@ -70,9 +70,12 @@ def test_a_wide_interval_ends_at_the_edge_without_a_bar() -> None:
 
 
 def test_a_method_that_is_not_measured_says_so() -> None:
-    panel = panel_of(("x", Difference((0.1,), 0.1, None)), ("y", None))
-    assert [text.text for text in panel.iter("text")][-1] == "not measured"
-    assert len(list(panel.iter("circle"))) == 1
+    for difference in (0.1, -0.1):  # zero is at the left, or at the right
+        panel = panel_of(("x", Difference((difference,), difference, None)), ("y", None))
+        text = list(panel.iter("text"))[-1]
+        assert text.text == "not measured"
+        assert LABEL_WIDTH <= float(text.get("x", "")) <= LABEL_WIDTH + PLOT_WIDTH - 100
+        assert len(list(panel.iter("circle"))) == 1
 
 
 @pytest.mark.parametrize("size", [1e-9, 0.003, 0.02, 0.4, 1.0])
