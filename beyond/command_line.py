@@ -448,10 +448,11 @@ def check_files(options: Options) -> None:
 
 
 def advise_on_missing(path: str) -> str | None:
-    """Return how to get one of the course's files; None for another file."""
+    """Return how to get one of the course's files, or a tokenizer; None for another file."""
     course = {CHECKPOINT, TOKENIZER, *data_files("sst").values(), *data_files("cfimdb").values()}
     if path not in course:
-        return None
+        is_tokenizer = Path(path).name == TOKENIZER
+        return "name the model's tokenizer with --tokenizer_path" if is_tokenizer else None
     advice = "get it with: uv run python data/download.py"
     if path in (CHECKPOINT, TOKENIZER):
         advice += f"; or use the demo's model: --pretrained-model-path {demo_folder()}/model.pt"

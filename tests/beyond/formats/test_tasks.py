@@ -320,14 +320,20 @@ def test_a_classifier_can_be_fine_tuned_further(
     status, _, err = run([*FINETUNE, *flags], capsys)
     assert status == 0, err
     classifier = load_any_classifier("out/best.pt")
-    Path("classifier.pt").write_bytes(Path("out/best.pt").read_bytes())
-    backbone = load_llama("classifier.pt")
+    Path("old").mkdir()
+    Path("out/best.pt").rename("old/classifier.pt")
+    backbone = load_llama("old/classifier.pt")
     assert_equal(backbone.state_dict(), classifier.llama.state_dict())
     assert backbone.config == classifier.llama.config
     Path("labels.json").write_text('["bad", "fair", "good"]')
-    argv = [*FINETUNE, "--pretrained-model-path", "classifier.pt", "--label-names", "labels.json"]
+    argv = [*FINETUNE, "--pretrained-model-path", "old/classifier.pt"]
+    argv += ["--label-names", "labels.json"]
+    status, out, err = run(argv, capsys)
+    advice = "name the model's tokenizer with --tokenizer_path"
+    assert (status, out) == (2, "")
+    assert err == f"run_llama.py: error: old/tokenizer.model: no such file; {advice}\n"
     status, out, err = run([*argv, "--tokenizer_path", "tokenizer.model"], capsys)
-    assert status == 0 and "load model from classifier.pt" in out, err
+    assert status == 0 and "load model from old/classifier.pt" in out, err
     assert load_any_classifier("out/best.pt").num_labels == 3
 
 
