@@ -1,8 +1,8 @@
 """Training runs of a second, and helpers that interrupt them, resume them, and compare results."""
 
 import os
-import random
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -42,11 +42,15 @@ def run(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, 
 
 
 def free_port() -> int:
-    """Return a TCP port that is free, and that no outgoing connection will get."""
+    """Return a TCP port that is free, and that no outgoing connection will get.
+
+    It does not come from the global generator: runs seed that, so two processes that test at the
+    same time would get the same port.
+    """
     while True:
-        port = random.randrange(20_000, 30_000)  # systems assign higher ones
+        port = 20_000 + secrets.randbelow(10_000)  # systems assign higher ones
         with socket.socket() as attempt, suppress(OSError):
-            attempt.bind(("127.0.0.1", port))
+            attempt.bind(("", port))
             return port
 
 

@@ -5,6 +5,7 @@ environment in forks of a warm process, which takes a tenth of the time.
 """
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -271,6 +272,15 @@ def test_a_dead_process_ends_the_others(workplace: Path) -> None:
     for pid in ranks:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_ports_do_not_depend_on_the_seed() -> None:
+    """Tests that run at the same time, after runs with the same seed, get other ports."""
+    ports = []
+    for _ in range(2):
+        random.seed(1)
+        ports.append([free_port() for _ in range(3)])
+    assert ports[0] != ports[1]
 
 
 # --------------------------------------------------------------------------------- two machines
