@@ -74,10 +74,8 @@ def has_names_of(result: Result, run: Run) -> bool:
 
 def has_inputs_of(result: Result, run: Run) -> bool:
     """Return whether a result has a run's checkpoint and data, as far as these are here."""
-    return run.checkpoint_hash in ("", result.checkpoint_hash) and run.data_hash in (
-        "",
-        result.data_hash,
-    )
+    same_checkpoint = run.checkpoint_hash in ("", result.checkpoint_hash)
+    return same_checkpoint and run.data_hash in ("", result.data_hash)
 
 
 def has_flags_of(result: Result, run: Run) -> bool:
