@@ -78,6 +78,11 @@ def run_missing(measurement: Measurement, runs: Sequence[Run], estimator: Estima
         say(f"{title}: {run.name} (about {show_duration(seconds)}; the last one ends about {end})")
         try:
             with claimed(run):
+                measurement.read_again()
+                if find_result(measurement.results, run):
+                    shutil.rmtree(run.folder)
+                    say(f"{title}: done by another process meanwhile")
+                    continue
                 measured = finetune(run)
                 with signals_wait():
                     result = measurement.add(run, measured)

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -502,3 +502,24 @@ def test_results_of_another_process_are_kept_and_not_repeated(
     assert measure(capsys, "--stage", "screen")[0] == 0
     assert len(started) == 3 and len(read_results(CSV)) == 4
     assert "| mean | 2 |" in REPORT.read_text()
+
+
+def test_a_run_that_another_process_ends_before_it_is_claimed_is_not_repeated(
+    started: list[list[str]],
+    plan: Plan,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    second = runs_of(plan, "screen")[1]
+
+    @contextlib.contextmanager
+    def claimed_late(run: Run) -> Iterator[None]:
+        if run == second:
+            add_result(CSV, make_result(second, 0.75))
+        with claimed(run):
+            yield
+
+    monkeypatch.setattr(benchmarks.quality.__main__, "claimed", claimed_late)
+    status, out, _ = measure(capsys, "--stage", "screen")
+    assert status == 0 and len(started) == 3 and len(read_results(CSV)) == 4
+    assert "run 2 of 4: done by another process meanwhile" in out and not second.folder.exists()
