@@ -38,6 +38,7 @@ from tests.beyond.runs import Job, Result, Strike, free_port
 from tests.conftest import ROOT
 
 LIMIT = 240.0  # seconds that a job may take
+LAST = 30.0  # seconds that it may go on after one of its processes has ended
 FAILED = 70  # status of a fork that did not come to its end as a program does
 PIPES = (1, 2)  # file descriptors of standard output and standard error
 # A run imports these at its first step or its first picture.
@@ -90,7 +91,7 @@ def run_job(job: Job) -> Result:
     for reader in (*outs, *errs):
         reader.close()
     if not in_time:
-        return Result(FAILED, out, f"{err}no end within {LIMIT} s\n")
+        return Result(FAILED, out, f"{err}killed: not all ended in time; statuses {statuses}\n")
     if len(set(statuses)) > 1:
         return Result(FAILED, out, f"{err}the processes ended differently: {statuses}\n")
     return Result(statuses[0] or 0, out, err)
@@ -114,7 +115,10 @@ def start(
 
 
 def read_all(descriptors: list[int], seconds: float) -> tuple[dict[int, bytes], bool]:
-    """Read until all writers have ended, or for so many seconds; also returns whether all did."""
+    """Read until all writers have ended, or for so many seconds; also returns whether all did.
+
+    After the first one has ended, the others have `LAST` seconds, since they may wait for it.
+    """
     texts = dict.fromkeys(descriptors, b"")
     end = time.monotonic() + seconds
     with selectors.DefaultSelector() as selector:
@@ -126,6 +130,7 @@ def read_all(descriptors: list[int], seconds: float) -> tuple[dict[int, bytes], 
                 texts[key.fd] += piece
                 if not piece:
                     selector.unregister(key.fd)
+                    end = min(end, time.monotonic() + LAST)
         return texts, not selector.get_map()
 
 

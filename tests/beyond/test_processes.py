@@ -19,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from base_llama import load_safely
 from run_llama import main
+from tests.beyond import forks
 from tests.beyond.runs import (
     FINETUNE,
     INT,
@@ -251,6 +252,23 @@ def test_a_signal_to_one_process_ends_all(run_forks: RunForks, workplace: Path, 
     ((status, _, err),) = run_forks([job])
     assert status == 0, err
     assert_close_results(folder, workplace)
+
+
+def test_the_tests_do_not_wait_long_for_processes_that_have_lost_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(forks, "LAST", 0.1)
+    (first, ended), (second, waiting) = os.pipe(), os.pipe()
+    try:
+        os.write(ended, b"a")
+        os.close(ended)
+        start = time.monotonic()
+        texts, in_time = forks.read_all([first, second], 60.0)
+        assert time.monotonic() - start < 30
+        assert texts == {first: b"a", second: b""} and not in_time
+    finally:
+        for descriptor in (first, second, waiting):
+            os.close(descriptor)
 
 
 @pytest.mark.sweep
