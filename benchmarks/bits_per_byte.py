@@ -4,8 +4,8 @@
 
 The file has one document per line. They are joined and cut into blocks as long as the model's
 context, as `--option pretrain` does with `--dev`. Matrix products are computed in bfloat16 where
-the processor has it. A loss per byte of text can be compared between models whose tokenizers
-differ. Its tokenizer has to lie beside the model.
+the processor has it. Unlike a loss per token, a loss per byte can be compared between models with
+different tokenizers. The model's tokenizer has to be in its folder.
 """
 
 import math
@@ -28,7 +28,7 @@ def bits_per_byte(model: str, text: str) -> float:
     """Return the loss of a causal language model on a text, in bits per byte.
 
     Args:
-        model: path of a checkpoint of any kind; its tokenizer lies beside it.
+        model: path of a checkpoint of any kind; its tokenizer is in the same folder.
         text: path of a file with one document per line.
 
     Raises:
@@ -49,7 +49,7 @@ def bits_per_byte(model: str, text: str) -> float:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = OneLineParser(prog=PROGRAM, description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("model", help="a checkpoint, with its tokenizer beside it")
+    parser.add_argument("model", help="a checkpoint, with its tokenizer in the same folder")
     parser.add_argument("text", help="a text file, one document per line")
     try:
         args = parser.parse_args(argv)

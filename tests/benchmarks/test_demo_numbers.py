@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bits_per_byte, counting_words
+from benchmarks import bag_of_words, bits_per_byte
 from run_llama import main
 from tests.conftest import SENTENCES, make_llama, save_llama
 from tokenizer import Tokenizer
@@ -45,19 +45,20 @@ def test_bits_per_byte_are_those_that_pretraining_prints(
     assert capsys.readouterr().out.endswith(f"lm/m.pt: {found[1]} bits per byte\n")
 
 
-def test_words_that_tell_the_label_are_counted(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_words_that_tell_the_label_are_found(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The second word of dev and test decides; a word that training lacks gives nothing."""
-    train = [
-        f"{label} ||| film {word} {i}"
-        for label, word in enumerate("xx yy".split())
-        for i in "abcdef"
-    ]
-    (tmp_path / "train.txt").write_text("\n".join(train) + "\n")
-    (tmp_path / "dev.txt").write_text("0 ||| film xx q\n1 ||| film yy q\n")
-    (tmp_path / "test.txt").write_text("0 ||| film xx q\n0 ||| film yy q\n")
-    assert counting_words.main(["--data", str(tmp_path)]) == 0
+    """The second word of dev and test decides; a word that training lacks says nothing."""
+    words = ["xx", "yy"]
+    train = [f"{label} ||| film {words[label]} {i}" for label in (0, 1) for i in "abcdef"]
+    contents = {
+        "train": "\n".join(train),
+        "dev": "0 ||| film xx q\n1 ||| film yy q",
+        "test": "0 ||| film xx q\n0 ||| film yy q",
+    }
+    for split, content in contents.items():
+        Path(f"{split}.txt").write_text(f"{content}\n")
+    assert bag_of_words.main([f"{split}.txt" for split in contents]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(": ", 1)[1] for line in lines] == ["dev acc :: 1.000, test acc :: 0.500"] * 3
 
@@ -69,9 +70,10 @@ def test_words_that_tell_the_label_are_counted(
         ("bits_per_byte", ["stories42M.pt", "none.txt"], "none.txt: No such file"),
         ("bits_per_byte", ["stories42M.pt", "short.txt"], "short.txt: 2 tokens are fewer than"),
         ("bits_per_byte", ["stories42M.pt"], "the following arguments are required: text"),
-        ("counting_words", ["--data", "none"], "none/train.txt: No such file"),
-        ("counting_words", ["--data", "empty"], "empty/train.txt: is empty"),
-        ("counting_words", ["--data", "one"], "n_splits=5 greater than the number of samples"),
+        ("bag_of_words", ["none.txt"] * 3, "none.txt: No such file"),
+        ("bag_of_words", ["empty.txt"] * 3, "empty.txt: is empty"),
+        ("bag_of_words", ["two.txt"] * 3, "n_splits=5 greater than the number of samples"),
+        ("bag_of_words", ["two.txt"], "expected three files, train, dev and test; found 1"),
     ],
 )
 def test_a_wrong_input_is_one_line(
@@ -82,11 +84,9 @@ def test_a_wrong_input_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     Path("short.txt").write_text("a\n")
-    for folder, content in (("empty", ""), ("one", "0 ||| a\n1 ||| b\n")):
-        Path(folder).mkdir()
-        for split in ("train", "dev", "test"):
-            Path(folder, f"{split}.txt").write_text(content)
-    module = {"bits_per_byte": bits_per_byte, "counting_words": counting_words}[program]
+    Path("empty.txt").write_text("")
+    Path("two.txt").write_text("0 ||| a\n1 ||| b\n")
+    module = {"bits_per_byte": bits_per_byte, "bag_of_words": bag_of_words}[program]
     assert module.main(arguments) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"python -m benchmarks.{program}: error: ") and message in error
