@@ -6,7 +6,7 @@
 repeated, and those whose checkpoint or data are not here are left out. After Ctrl-C, or after a
 kill, the same command continues in the middle of a run. Two copies can run at once: each takes the
 next run that the other has not started.
-Choices between methods are made on dev only, so give the stages that read test last.
+A choice between methods is made by a stage that reads dev only, before a stage that reads test.
 """
 
 import argparse
