@@ -17,7 +17,7 @@ from classifier import LlamaEmbeddingClassifier
 
 
 class FrozenBackbone(Ingredient):
-    """Trains a classifier without its backbone.
+    """Trains only what is not the backbone.
 
     No parameter of the backbone requires a gradient, so PyTorch records nothing of its forward pass
     and runs no backward pass through it.

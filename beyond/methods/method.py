@@ -1,4 +1,4 @@
-"""The seam between the training loop and the methods: what a step computes, and what is kept.
+"""The interface of training loop and methods: what a step computes, and what is kept.
 
 `build_method` returns a `Method`, the module that is trained. It holds the classifier and the
 `Ingredient`s that the flags ask for. The training loop calls, in this order for each batch,

@@ -10,8 +10,8 @@ whose expectation is w, as dropout's is. The gradient reaches only the weights t
 and is scaled by 1 / (1 - p). Evaluation uses w itself.
 
 Which weights: the matrices of the layers (query, key, value, output, w1, w2, w3), as the authors'
-code mixes linear layers. The head has no pretrained value; embeddings and RMSNorm's gains train
-plainly.
+code mixes linear layers. A new head has no pretrained value; embeddings, whose rows may be the head
+(`--head label_words`), and RMSNorm's gains train plainly.
 
 Differs from the paper in: dropout stays as `--dropout` and `--hidden_dropout_prob` say, where the
 paper replaces the dropout between layers by mixout.

@@ -4,8 +4,8 @@
 best depends on the model and on the data, so a rule sets four of them: the learning rate by the
 number of parameters, its decay from layer to layer by the number of layers, the epochs by the size
 of the training file, and a new head instead of the label words where the tokenizer cuts one of them
-into several tokens, or where a sentence and the prompt together exceed the model's context. Of dev
-and test it looks at these lengths only, so nothing is chosen by hand for a checkpoint.
+into several tokens, or where a sentence and the prompt together exceed the model's context. Nothing
+is chosen by hand for a checkpoint. Of dev and test the rule looks at the lengths only.
 
 Like `beyond/options.py`, this module imports neither PyTorch nor NumPy.
 """
@@ -45,7 +45,7 @@ def learning_rate(parameters: int) -> float:
     """Return the learning rate for a model: 2e-4 * sqrt(5.5e6 / parameters), within limits.
 
     The larger a model is, the more weights change its output in a step, and the smaller each
-    weight's change has to be. The rate has two significant digits, so it is easy to give again.
+    weight's change has to be. The rate has two significant digits, so it is easy to type.
 
     Args:
         parameters: of the pretrained model; a matrix that is used twice counts once.

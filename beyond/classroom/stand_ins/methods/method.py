@@ -1,4 +1,4 @@
-"""The seam between the training loop and the methods: the assignment's own recipe."""
+"""The interface of training loop and methods: the assignment's own recipe."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
