@@ -419,7 +419,9 @@ def demo_choices() -> tuple[Llama, Tensor, Tensor]:
     return llama, blocks, choices
 
 
-@pytest.mark.parametrize(("quantize", "changed"), [(False, 0.01), (True, 0.01)])
+@pytest.mark.parametrize(
+    ("quantize", "changed"), [(False, 0.01), pytest.param(True, 0.01, marks=pytest.mark.sweep)]
+)
 def test_bfloat16_changes_few_of_the_demos_choices(
     demo_choices: tuple[Llama, Tensor, Tensor], quantize: bool, changed: float
 ) -> None:

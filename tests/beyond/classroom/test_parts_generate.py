@@ -89,6 +89,7 @@ def test_what_is_not_written_is_todo(old: str, new: str, tmp_path: Path) -> None
     assert examine_with(PART, tmp_path, "llama.py", old, new).status == "todo"
 
 
+@pytest.mark.sweep
 def test_two_mistakes_are_both_named(tmp_path: Path) -> None:
     old = f"{CONTEXT}\n            {LOGITS}"
     new = "logits, _ = self(idx)\n            temperature = temperature and 1 / temperature\n"
