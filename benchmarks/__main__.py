@@ -19,6 +19,7 @@ import torch
 
 from benchmarks import growth, llama2c, rows
 from benchmarks.measure import describe_machine, quiet_transformers
+from benchmarks.program import exit_status
 from benchmarks.table import (
     HEAD,
     Progress,
@@ -28,7 +29,6 @@ from benchmarks.table import (
     peak_rate,
 )
 from benchmarks.works import can_compile, make_llama, missing_inputs, read_llama
-from beyond.interrupts import Interrupted, signals_raise
 from beyond.runtime import resolve_device
 from utils import OneLineParser, at_least_one, describe_error, open_atomically, prepare_output
 
@@ -167,7 +167,7 @@ def measure_growth(setting: Setting, folder: Path | None, contexts: bool) -> lis
     return lines
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
     """Measure everything that the command line asks for, print it, and write it."""
     device = resolve_device(args.use_gpu)
     with ExitStack() as stack:
@@ -199,21 +199,13 @@ def run(args: argparse.Namespace) -> None:
     if args.output is not None:
         with open_atomically(args.output / "RESULTS.md") as file:
             file.write(text)
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     quiet_transformers()
-    with signals_raise():
-        try:
-            run(parse_args(argv))
-        except Interrupted as interrupt:
-            print(f"{PROGRAM}: interrupted; nothing is written", file=sys.stderr)
-            return 128 + interrupt.number
-        except (ValueError, OSError) as error:
-            print(f"{PROGRAM}: error: {describe_error(error)}", file=sys.stderr)
-            return 2
-    return 0
+    return exit_status(PROGRAM, "nothing is written", lambda: run(parse_args(argv)))
 
 
 if __name__ == "__main__":

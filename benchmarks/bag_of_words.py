@@ -16,7 +16,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 
-from utils import OneLineParser, describe_error, parse_example, read_lines
+from benchmarks.program import exit_status
+from utils import OneLineParser, parse_example, read_lines
 
 PROGRAM = "python -m benchmarks.bag_of_words"
 SPLITS = ("train", "dev", "test")
@@ -56,19 +57,20 @@ def accuracies(files: Sequence[str | Path], features: str) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
+    return exit_status(PROGRAM, "the rest is not computed", lambda: run(argv))
+
+
+def run(argv: Sequence[str] | None) -> int:
+    """Read the command line, and print the accuracies with each kind of features."""
     parser = OneLineParser(prog=PROGRAM, description=(__doc__ or "").split("\n")[0])
     parser.add_argument("files", nargs="*", help="train, dev and test (default: the demo's)")
-    try:
-        files = parser.parse_args(argv).files or [DEMO / f"{name}.txt" for name in SPLITS]
-        if len(files) != len(SPLITS):
-            raise ValueError(f"expected three files, train, dev and test; found {len(files)}")
-        for features in FEATURES:
-            scores = accuracies(files, features)
-            described = ", ".join(f"{name} acc :: {score:.3f}" for name, score in scores.items())
-            print(f"{features}: {described}")
-    except (ValueError, OSError) as error:
-        print(f"{PROGRAM}: error: {describe_error(error)}", file=sys.stderr)
-        return 2
+    files = parser.parse_args(argv).files or [DEMO / f"{name}.txt" for name in SPLITS]
+    if len(files) != len(SPLITS):
+        raise ValueError(f"expected three files, train, dev and test; found {len(files)}")
+    for features in FEATURES:
+        scores = accuracies(files, features)
+        described = ", ".join(f"{name} acc :: {score:.3f}" for name, score in scores.items())
+        print(f"{features}: {described}", flush=True)
     return 0
 
 

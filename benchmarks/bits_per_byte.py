@@ -14,11 +14,12 @@ from collections.abc import Sequence
 
 import torch
 
+from benchmarks.program import exit_status
 from beyond.formats.files import default_tokenizer
 from beyond.formats.load import load_llama, load_tokenizer
 from beyond.pretraining import count_tokens_per_byte, evaluate, load_documents, pack
 from beyond.runtime import Runtime, check_vocabulary, has_bfloat16
-from utils import OneLineParser, describe_error
+from utils import OneLineParser
 
 PROGRAM = "python -m benchmarks.bits_per_byte"
 BATCH_SIZE = 4  # blocks
@@ -48,15 +49,16 @@ def bits_per_byte(model: str, text: str) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
+    return exit_status(PROGRAM, "nothing is computed", lambda: run(argv))
+
+
+def run(argv: Sequence[str] | None) -> int:
+    """Read the command line, and print the bits per byte."""
     parser = OneLineParser(prog=PROGRAM, description=(__doc__ or "").split("\n")[0])
     parser.add_argument("model", help="a checkpoint, with its tokenizer in the same folder")
     parser.add_argument("text", help="a text file, one document per line")
-    try:
-        args = parser.parse_args(argv)
-        print(f"{args.model}: {bits_per_byte(args.model, args.text):.3f} bits per byte")
-    except (ValueError, OSError) as error:
-        print(f"{PROGRAM}: error: {describe_error(error)}", file=sys.stderr)
-        return 2
+    args = parser.parse_args(argv)
+    print(f"{args.model}: {bits_per_byte(args.model, args.text):.3f} bits per byte")
     return 0
 
 

@@ -13,11 +13,12 @@ import argparse
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 
 from benchmarks.machine import processor
+from benchmarks.program import exit_status
 from benchmarks.quality.estimate import Estimator, show_duration
 from benchmarks.quality.measurement import DEFAULT_PLAN, Files, Measurement
 from benchmarks.quality.plan import Plan
@@ -25,8 +26,10 @@ from benchmarks.quality.process import RunClaimed, RunFailed, claimed, finetune
 from benchmarks.quality.report import decimals
 from benchmarks.quality.results import find_result
 from benchmarks.quality.runs import Run, check_inputs
-from beyond.interrupts import Interrupted, signals_raise, signals_wait
+from beyond.interrupts import signals_wait
 from utils import OneLineParser, describe_error, prepare_output
+
+PROGRAM = "python -m benchmarks.quality"
 
 
 def say(text: str) -> None:
@@ -40,9 +43,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     Raises:
         ValueError: an argument is unknown or lacks its value.
     """
-    parser = OneLineParser(
-        prog="python -m benchmarks.quality", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = OneLineParser(prog=PROGRAM, description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "--plan", type=Path, default=DEFAULT_PLAN, metavar="FILE", help="the plan, a TOML file"
     )
@@ -165,20 +166,8 @@ def measure(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (None: the program's); returns the exit status."""
-    return report_errors(lambda: measure(parse_args(argv)))
-
-
-def report_errors(work: Callable[[], int]) -> int:
-    """Do some work; print an error or an interruption in one line, and return the exit status."""
-    try:
-        with signals_raise():
-            return work()
-    except Interrupted as interrupt:
-        say("interrupted; the same command continues where it stopped")
-        return 128 + interrupt.number
-    except (ValueError, OSError) as error:
-        print(f"benchmarks.quality: error: {describe_error(error)}", file=sys.stderr)
-        return 2
+    consequence = "the same command continues where it stopped"
+    return exit_status(PROGRAM, consequence, lambda: measure(parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import math
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,15 @@ def test_words_that_tell_the_label_are_found(
     assert bag_of_words.main([f"{split}.txt" for split in contents]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(": ", 1)[1] for line in lines] == ["dev acc :: 1.000, test acc :: 0.500"] * 3
+
+
+def test_an_interruption_is_one_line(
+    text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bits_per_byte, "evaluate", lambda *_: signal.raise_signal(signal.SIGINT))
+    assert bits_per_byte.main(["stories42M.pt", text]) == 130
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == "python -m benchmarks.bits_per_byte: interrupted; nothing is computed"
 
 
 @pytest.mark.parametrize(

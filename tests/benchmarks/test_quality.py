@@ -37,6 +37,8 @@ from tests.conftest import ROOT, make_llama, save_llama
 
 CSV, REPORT = Path("plan.csv"), Path("plan.md")
 PLAN = ["--plan", "plan.toml"]
+INTERRUPTED = "python -m benchmarks.quality: interrupted; "
+INTERRUPTED += "the same command continues where it stopped"
 Change = Callable[[str, str], Plan]
 
 
@@ -285,7 +287,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str, plan: bool = True) -
     """Run a command line that is refused before any run; returns its error."""
     status, _, err = measure(capsys, *argv, plan=plan)
     assert status == 2 and err.count("\n") == 1 and not REPORT.exists()
-    return err.removeprefix("benchmarks.quality: error: ").rstrip("\n")
+    return err.removeprefix("python -m benchmarks.quality: error: ").rstrip("\n")
 
 
 def test_mistakes_are_found_before_any_run(
@@ -387,9 +389,8 @@ def test_a_run_that_somebody_else_ends_ends_the_measurement(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(benchmarks.quality.process, "run_process", lambda *_: (143, "interrupted"))
-    status, out, _ = measure(capsys, "--stage", "screen")
-    assert status == 143
-    assert out[-1] == "interrupted; the same command continues where it stopped"
+    status, _, err = measure(capsys, "--stage", "screen")
+    assert (status, err) == (143, f"{INTERRUPTED}\n")
     with pytest.raises(Interrupted):
         benchmarks.quality.process.finetune(runs_of(plan, "screen")[0])
 
@@ -428,7 +429,7 @@ def one_long_run(changed: Change) -> Run:
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("number", [signal.SIGKILL])  # SIGINT: see the tests above
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_real_signal_loses_nothing(place: Path, changed: Change, number: int) -> None:
     """After SIGKILL the run ends too, and both continue in the middle of it."""
     run = one_long_run(changed)
@@ -437,7 +438,7 @@ def test_a_real_signal_loses_nothing(place: Path, changed: Change, number: int) 
     out, _ = process.communicate(timeout=120)
     if number == signal.SIGINT:
         assert process.returncode == 130
-        assert out.splitlines()[-1] == "interrupted; the same command continues where it stopped"
+        assert out.splitlines()[-1] == INTERRUPTED
         assert (run.folder / "usage.json").exists()
     assert not CSV.exists() and (run.folder / "classifier.pt.state").exists()
     (before,) = outputs()
