@@ -38,7 +38,7 @@ from beyond.decoding import prepare_for_decoding
 from beyond.generation import DIVIDER, generate_texts, prepare_to_generate, read_prompt
 from beyond.methods.checkpoints import input_tokenizer, load_any_classifier
 from beyond.methods.method import Method, build_method, sum_of_losses
-from beyond.methods.zero_shot import calibrate
+from beyond.methods.zero_shot import build_scorer, prompt_suffix
 from beyond.options import FinetuneOptions, GenerateOptions, Options, PromptOptions
 from beyond.pretraining import pretrain
 from beyond.processes import broadcast_object, exit_program, gather, is_main_process
@@ -298,7 +298,7 @@ def test_with_prompting(options: PromptOptions) -> None:
     label_names = read_label_names(options.label_names)
     llama, tokenizer, runtime = load_model(options)
     prompt = build_prompt_suffix(label_names)
-    suffix = prompt.rstrip(" ") if options.no_trailing_space else prompt
+    suffix = prompt_suffix(options, prompt)  # the prompt itself, without more flags
     data = load_data(options.data_files, len(label_names), llama, tokenizer, suffix)
     config = ClassifierConfig(len(label_names), str(options.pretrained_model_path), 0.0, "prompt")
     if runtime.causal and not options.compile:
@@ -306,7 +306,7 @@ def test_with_prompting(options: PromptOptions) -> None:
         llama = prepare_for_decoding(llama.to(runtime.device), runtime.dtype, exact_head=True)
     model = LlamaZeroShotClassifier(config, tokenizer, label_names, llama, prompt)
     model = prepare_model(model, runtime, options.compile)
-    scorer = calibrate(model, tokenizer, suffix, runtime.device) if options.calibrate else model
+    scorer = build_scorer(options, model, tokenizer, suffix, runtime.device)
     files = options.prediction_files
     results = predict(scorer, data, options.batch_size, files, runtime.device)
     record_predictions(files, results, runtime.record)

@@ -7,11 +7,13 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
+from beyond.methods.options import MethodOptions, ZeroShotOptions
 from tests.conftest import ROOT
 
 GROUND = {"rope", "llama", "optimizer", "classifier"}
@@ -76,6 +78,16 @@ def test_upper_floor_imports_no_script(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(SCRIPTS))
 def test_scripts_do_not_import_each_other(name: str) -> None:
     assert IMPORTS[name] <= GROUND | ROOMS
+
+
+def test_run_llama_names_no_method() -> None:
+    """It asks `beyond.methods` for what the flags say, and reads none of these flags itself."""
+    flags = {
+        field.name for options in (MethodOptions, ZeroShotOptions) for field in fields(options)
+    }
+    assert {"recipe", "smart", "calibrate"} <= flags  # the fields are found
+    nodes = ast.walk(TREES["run_llama"])
+    assert {node.attr for node in nodes if isinstance(node, ast.Attribute)}.isdisjoint(flags)
 
 
 def test_no_module_imports_itself_by_way_of_others() -> None:

@@ -20,10 +20,39 @@ import math
 import torch
 from torch import Tensor, nn
 
+from beyond.methods.options import ZeroShotOptions
 from classifier import LlamaZeroShotClassifier
 from tokenizer import Tokenizer
 
 CONTENT_FREE = ("N/A", "[MASK]", "")
+
+
+def prompt_suffix(options: ZeroShotOptions, prompt: str) -> str:
+    """Return what follows each sentence: the prompt, without its last space if the options say so.
+
+    Args:
+        options: of the run.
+        prompt: the assignment's, which ends with a space.
+    """
+    return prompt.rstrip(" ") if options.no_trailing_space else prompt
+
+
+def build_scorer(
+    options: ZeroShotOptions,
+    classifier: LlamaZeroShotClassifier,
+    tokenizer: Tokenizer,
+    suffix: str,
+    device: torch.device,
+) -> nn.Module:
+    """Return what scores the labels: the classifier, calibrated if the options say so.
+
+    Args:
+        options: of the run.
+        classifier, tokenizer, suffix, device: as in `calibrate`.
+    """
+    if options.calibrate:
+        return calibrate(classifier, tokenizer, suffix, device)
+    return classifier
 
 
 class CalibratedClassifier(nn.Module):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import run_llama
+from beyond.methods import zero_shot
 from beyond.methods.zero_shot import CalibratedClassifier, calibrate
 from beyond.runtime import Runtime, prepare_model
 from classifier import ClassifierConfig, LlamaZeroShotClassifier
@@ -127,7 +127,7 @@ def test_the_space_is_a_token_of_its_own(word_workplace: Path) -> None:
 def test_without_the_flag_nothing_is_calibrated(
     word_workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_llama, "calibrate", None)
+    monkeypatch.setattr(zero_shot, "calibrate", None)
     assert main(ZERO_SHOT) == 0
     with pytest.raises(TypeError):
         main([*ZERO_SHOT, "--calibrate"])
