@@ -83,8 +83,19 @@ def saved(folder: Path) -> dict[str, Tensor]:
     return weights
 
 
-def curve(tag: str) -> list[float]:
-    """Return a curve of the one run in out/, by step."""
-    (folder,) = (path for path in Path("out").iterdir() if path.is_dir())
-    events: Any = EventAccumulator(str(folder / "train")).Reload()
+def curve(tag: str, split: str = "train", folder: Path = Path()) -> list[float]:
+    """Return a curve of the one run in a folder's out/, by step."""
+    (run,) = (path for path in (folder / "out").iterdir() if path.is_dir())
+    events: Any = EventAccumulator(str(run / split)).Reload()
     return [event.value for event in events.Scalars(tag)]
+
+
+def assert_close_curves(ours: Path, theirs: Path) -> None:
+    """The runs in two folders have the same losses, of each step and of the kept weights.
+
+    The loss of a step has the penalties in it, so it also shows an ingredient whose effect on the
+    weights is smaller than a tolerance.
+    """
+    for split in ("train", "dev"):
+        found, expected = (curve("loss", split, folder) for folder in (ours, theirs))
+        assert found == pytest.approx(expected, rel=1e-6)

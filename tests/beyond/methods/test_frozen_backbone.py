@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from beyond.methods.frozen_backbone import FrozenBackbone
 from beyond.methods.method import Method
+from beyond.methods.schedules import Groups, LearningRates, split
 from llama import load_pretrained
 from optimizer import AdamW
 from run_llama import classification_loss
@@ -18,7 +19,7 @@ from tests.beyond.methods.recipes import (
     train_steps,
     weights_of,
 )
-from tests.beyond.runs import FINETUNE
+from tests.beyond.runs import FINETUNE, assert_equal
 
 FREEZE = [*FINETUNE, "--freeze_backbone"]
 
@@ -50,6 +51,27 @@ def test_head_trains_as_on_stored_hidden_states() -> None:
         classifier.classifier_head.parameters(), head.parameters(), strict=True
     ):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+
+
+def test_limit_case_is_plain_fine_tuning_bit_for_bit() -> None:
+    """It is a plain run in which the backbone has a learning rate of 0."""
+    plain, frozen = make_classifier(), make_classifier()
+    head = {id(parameter) for parameter in plain.classifier_head.parameters()}
+
+    class HeadOnly(LearningRates):
+        def parameter_groups(self, groups: Groups) -> Groups:
+            parts = split(groups, lambda parameter: int(id(parameter) not in head))
+            return [{**group, "lr_factor": 1.0 - kind} for kind, group in parts]
+
+    train_steps(Method(plain, classification_loss, [HeadOnly(plain)]))
+    train_steps(Method(frozen, classification_loss, [FrozenBackbone(frozen)]))
+    assert_equal(weights_of(frozen), weights_of(plain))
+    changed = [
+        name
+        for name, w in weights_of(make_classifier()).items()
+        if (w != weights_of(plain)[name]).any()
+    ]
+    assert changed == ["classifier_head.weight", "classifier_head.bias"]
 
 
 def test_backbone_uses_no_dropout(workplace: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from classifier import ClassifierConfig, LlamaEmbeddingClassifier, LlamaZeroShot
 from llama import load_pretrained
 from run_llama import main
 from tests.beyond.methods.conftest import PROMPT, WORDS
-from tests.conftest import SENTENCES, make_llama, pad_rows
+from tests.conftest import SENTENCES, make_llama, pad_rows, save_llama
 from tests.test_run_llama import FINETUNE, predicted, run
 from tokenizer import Tokenizer
 
@@ -124,8 +125,8 @@ def test_words_that_are_not_one_token_are_refused(word_tokenizer: Tokenizer) -> 
             label_ids(words, word_tokenizer, PROMPT)
 
 
-def test_words_that_the_tokenizer_does_not_know_are_refused(tmp_path: Path) -> None:
-    """A tokenizer without byte pieces, which ignores case."""
+def train_tokenizer_without_bytes(tmp_path: Path) -> Path:
+    """Train a tokenizer without byte pieces, which ignores case; returns its path."""
     (tmp_path / "corpus.txt").write_text("\n".join([*TEXTS, *["bad good"] * 50]), encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
         input=str(tmp_path / "corpus.txt"),
@@ -135,7 +136,11 @@ def test_words_that_the_tokenizer_does_not_know_are_refused(tmp_path: Path) -> N
         normalization_rule_name="nmt_nfkc_cf",
         minloglevel=2,
     )
-    tokenizer = Tokenizer(None, tmp_path / "t.model")
+    return tmp_path / "t.model"
+
+
+def test_words_that_the_tokenizer_does_not_know_are_refused(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(None, train_tokenizer_without_bytes(tmp_path))
     assert len(label_ids(WORDS, tokenizer, PROMPT)) == 2
     with pytest.raises(ValueError, match="the label word '映画' is unknown to the tokenizer"):
         label_ids(["bad", "映画"], tokenizer, PROMPT)
@@ -258,9 +263,25 @@ def test_a_sentence_that_does_not_fit_with_its_prompt(
 def test_bad_words_are_one_line(
     word_workplace: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
 ) -> None:
-    """Before any training."""
+    check_bad_words(capsys, words, message)
+
+
+def test_an_unknown_word_is_one_line(
+    word_workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_llama(make_llama(causal=True, vocab_size=90), Path("stories42M.pt"))
+    flags = ["--tokenizer_path", str(train_tokenizer_without_bytes(tmp_path))]
+    check_bad_words(
+        capsys, ["bad", "映画"], "the label word '映画' is unknown to the tokenizer", flags
+    )
+
+
+def check_bad_words(
+    capsys: pytest.CaptureFixture[str], words: list[str], message: str, flags: Sequence[str] = ()
+) -> None:
+    """A run with these words ends before any training, with one line."""
     Path("words.json").write_text(json.dumps(words))
-    status, out, err = run([*LABEL_WORDS, "--label-names", "words.json"], capsys)
+    status, out, err = run([*LABEL_WORDS, "--label-names", "words.json", *flags], capsys)
     assert status == 2 and "epoch" not in out and err.count("\n") == 1
     start = "run_llama.py: error: --head label_words: "
     end = "; choose another word (--label-names) or --head linear\n"

@@ -4,19 +4,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
+from beyond.command_line import get_args
 from beyond.methods.averaging import MovingAverage
 from beyond.methods.frozen_backbone import FrozenBackbone
+from beyond.methods.label_smoothing import smooth_labels
 from beyond.methods.lora import Lora
-from beyond.methods.method import Method
+from beyond.methods.method import Method, build_method
 from beyond.methods.mixout import Mixout
 from beyond.methods.proximal_point import ProximalPoint
 from beyond.methods.r_drop import RDrop
 from beyond.methods.randomness import derive_seed
 from beyond.methods.schedules import GradientClipping, LearningRates, WeightDecay
+from beyond.methods.smart import Smart
 from beyond.methods.weights import trained
+from beyond.methods.wise_ft import WiseFt
+from beyond.options import FinetuneOptions
 from run_llama import classification_loss, main
+from tests.beyond.methods.conftest import PROMPT, WORDS
 from tests.beyond.methods.recipes import (
+    assert_close_curves,
     curve,
     kept,
     make_classifier,
@@ -37,10 +45,11 @@ from tests.beyond.runs import (
     strike_and_resume,
 )
 from tests.beyond.test_processes import STILL_FINETUNE
+from tokenizer import Tokenizer
 
 RATES = ["--warmup", "0.3", "--linear_decay", "--weight_decay", "0.1", "--max_grad_norm", "0.5"]
 RATES += ["--label_smoothing", "0.1"]
-BREGMAN = ["--bregman", "2"]
+BREGMAN = ["--bregman", "200"]  # so that a step's loss shows it
 METHODS = {
     "layers": [*RATES, "--layer_decay", "0.7", "--ema", "0.6", *BREGMAN],
     "lora": [*RATES, "--lora_rank", "2", "--lora_matrices", "key,w2", "--ema", "0.6", *BREGMAN],
@@ -57,7 +66,8 @@ def workplace(workplace: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", ["layers", *(pytest.param(n, marks=pytest.mark.sweep) for n in ("lora", "frozen"))]
+    "name",
+    ["layers", *(pytest.param(n, marks=pytest.mark.sweep) for n in METHODS if n != "layers")],
 )
 def test_a_resumed_run_ends_as_if_it_had_not_been_interrupted(
     run_forks: RunForks, workplace: Path, name: str
@@ -98,6 +108,7 @@ def test_two_processes_draw_what_one_does(
     assert status == 0, err
     assert main(argv) == 0
     assert_close_results(folder, workplace)
+    assert_close_curves(folder, workplace)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +124,7 @@ def test_several_processes_compute_what_one_does(
     ((status, _, err),) = run_forks([Job(argv, folder, processes=processes)])
     assert status == 0, err
     assert_close_results(folder, workplace)
+    assert_close_curves(folder, workplace)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -134,6 +146,81 @@ def test_head_and_data_order_depend_on_the_seed_alone(workplace: Path, name: str
     plain = curve("loss")
     kept([*argv, *METHODS[name], "--label_smoothing", "0"])
     assert curve("loss") == pytest.approx(plain, rel=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["--causal", "--no-causal"])
+def test_each_step_has_the_same_lines_whatever_the_method(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    steps: list[list[int]] = []
+
+    def record(method: Method, tokens: Tensor, lengths: Tensor, *others: Tensor) -> Tensor:
+        steps.append(others[1].tolist())
+        return forward(method, tokens, lengths, *others)
+
+    forward = Method.forward
+    monkeypatch.setattr(Method, "forward", record)
+    lines = {}
+    flags = ["--mixout=0.5", "--smart=1", "--r_drop=1", "--bregman=1", "--head=label_words"]
+    for flag in ("--label_smoothing=0", *flags):
+        kept([*FINETUNE, "--epochs", "2", mode, flag])
+        lines[flag] = [*steps]
+        steps.clear()
+    plain = lines["--label_smoothing=0"]
+    assert len(plain) == 6 and plain[:3] != plain[3:]
+    assert [flag for flag in flags if lines[flag] != plain] == []
+
+
+OF_FLAGS = {
+    "--smart 3": (Smart, {"weight": 3.0, "seed": 7}),
+    "--bregman 3": (ProximalPoint, {"weight": 3.0}),
+    "--r_drop 3": (RDrop, {"alpha": 3.0, "seed": 7}),
+    "--mixout 0.25": (Mixout, {"probability": 0.25, "seed": 7}),
+    "--ema 0.75": (MovingAverage, {"decay": 0.75}),
+    "--weight_decay 0.25": (WeightDecay, {"weight_decay": 0.25}),
+    "--warmup 0.25": (LearningRates, {"warmup": 0.25, "linear_decay": False, "layer_decay": 1.0}),
+    "--linear_decay": (LearningRates, {"warmup": 0.0, "linear_decay": True, "layer_decay": 1.0}),
+    "--layer_decay 0.75": (
+        LearningRates,
+        {"warmup": 0.0, "linear_decay": False, "layer_decay": 0.75},
+    ),
+    "--max_grad_norm 0.25": (GradientClipping, {"limit": 0.25}),
+    "--head label_words --wise_ft 0.25": (WiseFt, {"alpha": 0.25}),
+}
+
+
+def build(word_tokenizer: Tokenizer, flags: str) -> Method:
+    """Build the method of some flags."""
+    options = get_args(["--option", "finetune", "--seed", "7", *flags.split()])
+    assert isinstance(options, FinetuneOptions)
+    plain = make_classifier()
+    plain.label_names, plain.tokenizer = WORDS, word_tokenizer
+    return build_method(options, plain, classification_loss, PROMPT)
+
+
+@pytest.mark.parametrize("flags", OF_FLAGS)
+def test_values_of_flags_reach_the_ingredient(word_tokenizer: Tokenizer, flags: str) -> None:
+    kind, values = OF_FLAGS[flags]
+    (ingredient,) = build(word_tokenizer, flags).ingredients
+    assert type(ingredient) is kind
+    assert {name: getattr(ingredient, name) for name in values} == values
+
+
+def test_values_of_flags_reach_lora(word_tokenizer: Tokenizer) -> None:
+    flags = "--lora_rank 3 --lora_alpha 6 --lora_matrices query,w2"
+    (built,) = build(word_tokenizer, flags).ingredients
+    expected = Lora(make_classifier(), 3, 6.0, ("query", "w2"), seed=7)
+    assert isinstance(built, Lora)
+    assert_equal(dict(built.state_dict()), dict(expected.state_dict()))
+    assert [u.scale for u in built.updates] == [u.scale for u in expected.updates] == [2.0] * 4
+
+
+def test_label_smoothing_reaches_the_loss(word_tokenizer: Tokenizer) -> None:
+    log_probs, labels = torch.tensor([[0.2, 0.8], [0.5, 0.5]]).log(), torch.tensor([1, 0])
+    loss = build(word_tokenizer, "--label_smoothing 0.25").loss_fn(log_probs, labels)
+    expected = smooth_labels(classification_loss, 0.25)(log_probs, labels)
+    assert torch.equal(loss, expected)
+    assert loss != classification_loss(log_probs, labels)
 
 
 def test_averages_are_merged() -> None:
