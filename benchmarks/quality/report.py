@@ -23,8 +23,10 @@ and checkpoint. Choices between methods are never made on test.
   same seed are compared (paired t interval); fewer than three seeds give none. The interval says
   what other seeds would give. Other sentences would differ too: the standard error of an accuracy
   of .4 is .015 on the 1,101 dev sentences of SST.
-- *plain* is the assignment's recipe: reference mode, the last column, a learning rate of 2e-5, five
-  epochs, and the default of 8 sentences per batch.
+- *plain* has no flags: the assignment's head, learning rate (2e-5), epochs (five) and optimizer, 8
+  sentences per batch, and the mode that the checkpoint says. All checkpoints here are causal, so it
+  is causal mode. *plain (reference mode)* is the assignment's recipe in its attention too: without
+  a mask, and with the last column as the sentence's hidden state.
 - *seeds*: how many are measured; *n of m* if the plan has more.
 - *time*, *memory*: seconds of a whole run, and its peak resident memory, relative to the baseline
   on the same machine. Other programs used it at times, so the times are rough.
@@ -79,8 +81,8 @@ def lines(
 
 
 def flags_as_code(plan: Plan, method: str) -> str:
-    """Return the flags of a method as code; none are the plain recipe."""
-    return as_code(plan.methods[method]) or "none: the assignment's recipe"
+    """Return the flags of a method as code, or a word that there are none."""
+    return as_code(plan.methods[method]) or "none"
 
 
 def as_code(flags: Sequence[str]) -> str:
