@@ -69,12 +69,12 @@ class Job:
 
     @property
     def new_tokens(self) -> int:
-        """How many tokens are generated and timed."""
+        """Return how many tokens are generated and timed."""
         return int(self.data.split(" after ")[0])
 
     @property
     def is_one_batch(self) -> bool:
-        """Whether the data is a batch of random tokens."""
+        """Return whether the data is a batch of random tokens."""
         return " x " in self.data
 
 

@@ -294,7 +294,7 @@ class BusyCheck:
 
     @property
     def is_busy(self) -> bool:
-        """Whether the threads waited for more than a twentieth of the time."""
+        """Return whether the threads waited for more than a twentieth of the time."""
         return self.waited > 0.05 * self.wall
 
     @staticmethod

@@ -233,7 +233,7 @@ class GenerateOptions(ModelOptions):
 
     @property
     def exceeds_assignment(self) -> bool:
-        """Whether the texts need more than the assignment's own loop, `Llama.generate`."""
+        """Return whether the texts need more than the assignment's own loop, `Llama.generate`."""
         names = ("top_k", "top_p", "num_samples", "stop_at_eos", "stream")
         return any(getattr(self, name) != getattr(GenerateOptions, name) for name in names)
 

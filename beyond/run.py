@@ -113,7 +113,12 @@ class TrainingRun[B: TrainingBatch]:
 
     @property
     def has_patience(self) -> bool:
-        """Whether one of the last `patience` epochs was the best so far, or patience is endless."""
+        """Return whether training should go on, by early stopping.
+
+        It ends after `patience` epochs in a row without a better accuracy on dev; the best epoch is
+        kept in any case (Goodfellow, Bengio & Courville 2016, "Deep Learning", Algorithm 7.1, with
+        an evaluation after each epoch). A patience of 0 never ends it.
+        """
         patience, best = self.options.patience, self.best_epoch
         return not patience or best is None or self.position.epoch - 1 - best < patience
 
@@ -132,7 +137,7 @@ class TrainingRun[B: TrainingBatch]:
 
     @property
     def is_best_epoch(self) -> bool:
-        """Whether the current epoch is the best so far."""
+        """Return whether the current epoch is the best so far."""
         return self.best_epoch == self.position.epoch
 
     @property

@@ -2,7 +2,9 @@
 
 import json
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +36,15 @@ def run_seeds(options: FinetuneOptions, finetune: Finetune, build_prompt: BuildP
     accuracies: dict[str, list[float]] = {}
     if options.resume and path.exists():
         accuracies = broadcast_object(lambda: read_accuracies(path, settings))
-    for seed, seed_options in zip(options.seeds, options.per_seed(), strict=True):
+    total, times = len(options.seeds), list[float]()  # in seconds, of the runs of this process
+    for number, seed_options in enumerate(options.per_seed(), start=1):
+        seed = seed_options.seed
         if str(seed) not in accuracies:
-            print(f"seed {seed}")
+            left = total - len(accuracies)
+            print(f"seed {seed}: run {number} of {total}{expected_end(times, left)}")
+            start = time.monotonic()
             accuracies[str(seed)] = list(finetune(seed_options))
+            times.append(time.monotonic() - start)
         done = [accuracies[str(seed)] for seed in options.seeds if str(seed) in accuracies]
         summary = {split: summarise([pair[i] for pair in done]) for i, split in SPLITS}
         if is_main_process():
@@ -47,6 +54,19 @@ def run_seeds(options: FinetuneOptions, finetune: Finetune, build_prompt: BuildP
         mean, deviation = values.values()
         print(f"{split} acc over {len(done)} seeds :: {mean:.3f} +- {deviation:.3f}")
     print(f"Wrote the accuracies to {path}.")
+
+
+def expected_end(times: Sequence[float], left: int) -> str:
+    """Return when the last run will end, to follow a line; "" if no run has been timed.
+
+    Args:
+        times: of runs, in seconds.
+        left: the number of runs still to do.
+    """
+    if not times:
+        return ""
+    end = datetime.now() + timedelta(seconds=left * statistics.fmean(times))
+    return f"; the last one ends about {end:%a %H:%M}"
 
 
 def summarise(values: Sequence[float]) -> dict[str, float]:

@@ -41,7 +41,7 @@ class Result:
 
     @property
     def has_test(self) -> bool:
-        """Whether the test file was read."""
+        """Return whether the test file was read."""
         return not math.isnan(self.test)
 
 

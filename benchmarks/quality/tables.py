@@ -68,7 +68,7 @@ class Table:
 
     @property
     def title(self) -> str:
-        """What the table is about."""
+        """Return what the table is about."""
         return f"{self.checkpoint} on {self.data}"
 
 

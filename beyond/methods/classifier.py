@@ -1,4 +1,4 @@
-"""What the classifiers of the methods have in common; each is made from a plain one."""
+"""The base class of the methods' classifiers, which are made from a plain one."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""How far two predictions are apart."""
+"""The divergence between two predictions."""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""What an ingredient is: the hooks by which it changes the plain recipe."""
+"""The base class of ingredients: the hooks by which they change the plain recipe."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -11,7 +11,8 @@ matrices W0 + (alpha / r) B A: it is a plain classifier, which can be loaded wit
 Differs from the paper in:
 - A is drawn uniformly from +-1/sqrt(in), as in the authors' code, instead of from a normal
   distribution;
-- the head trains too, because it is new.
+- a new head trains too. The label words' output rows (`--head label_words`) are pretrained, so they
+  are frozen as the rest of the backbone is.
 """
 
 from collections.abc import Iterator, Sequence
@@ -73,7 +74,7 @@ class LowRankUpdate(nn.Module):
 
 
 class Lora(Ingredient):
-    """Trains low-rank updates of matrices, and the head, instead of the backbone's weights.
+    """Trains low-rank updates of matrices, and a new head, instead of the backbone's weights.
 
     Args:
         classifier: its backbone is frozen here, and gets the updates.

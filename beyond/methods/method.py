@@ -31,7 +31,7 @@ from classifier import LlamaEmbeddingClassifier
 
 
 class Method(nn.Module):
-    """What is trained: a classifier and the ingredients of the recipe.
+    """The module that is trained: a classifier and the ingredients of the recipe.
 
     Args:
         classifier: the model.

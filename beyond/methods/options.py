@@ -62,7 +62,7 @@ class MethodOptions:
     """Options that change how `--option finetune` trains; each is off by default."""
 
     recipe: str | None = flag(
-        "a named set of the flags below, and of --causal, --lr and --epochs (see "
+        "a named set of the flags below, and of --causal, --dropout, --lr and --epochs (see "
         "beyond/methods/recipes.py); flags that are given too override it; also writes the "
         "predictions to ...{dev,test}-advanced-output.txt",
         None,
@@ -82,7 +82,8 @@ class MethodOptions:
     )
     head: str = flag(
         "linear: a new linear layer; label_words: ask the zero-shot question after each sentence, "
-        "and train the output rows of the label words as the head (prompt-based fine-tuning)",
+        "and use the output rows of the label words as the head (prompt-based fine-tuning); they "
+        "train too, but not with --lora_rank",
         "linear",
         choices=HEADS,
     )

@@ -7,6 +7,10 @@ of the training file, and a new head instead of the label words where the tokeni
 into several tokens, or where a sentence and the prompt together exceed the model's context. Nothing
 is chosen by hand for a checkpoint. Of dev and test the rule looks at the lengths only.
 
+The learning rate is for the default of 8 sentences per batch, and for training all weights. Larger
+batches mean fewer steps, and low-rank updates (`--lora_rank`) need a higher rate; give `--lr` too
+with them.
+
 Like `beyond/options.py`, this module imports neither PyTorch nor NumPy.
 """
 

@@ -50,6 +50,11 @@ def apply_rule(
         found = {"lr": learning_rate(parameters), "layer_decay": layer_decay(llama.config.n_layers)}
         values |= {name: found[name] for name in rates}
         if may_ask and (problem := problem_of_asking(options, build_prompt, llama.config)):
+            if options.wise_ft != 1:
+                raise ValueError(
+                    f"--wise_ft {options.wise_ft}: needs --head label_words, but {problem}; leave "
+                    "--wise_ft out"
+                )
             say(f"recipe {options.recipe}: --head linear, since {problem}")
             values["head"] = "linear"
     if "epochs" in options.left_to_rule:

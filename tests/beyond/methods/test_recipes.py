@@ -190,6 +190,11 @@ def test_label_words_of_several_tokens_are_not_the_head(
         assert out.count(note) == (head == "linear")
     status, _, err = run([*SHORT, *flags, "--head", "label_words"], capsys)
     assert status == 2 and "the label word 'bad' is 3 tokens" in err
+    status, out, err = run([*SHORT, *flags, "--wise_ft", "0.5"], capsys)
+    assert (status, out) == (2, "") and err.endswith(
+        "run_llama.py: error: --wise_ft 0.5: needs --head label_words, but the label word 'bad' is "
+        "3 tokens, not one; leave --wise_ft out\n"
+    )
 
 
 def test_sentences_that_do_not_fit_with_the_prompt_get_a_new_head(
