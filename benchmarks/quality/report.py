@@ -24,9 +24,9 @@ and checkpoint. Choices between methods are never made on test.
   what other seeds would give. Other sentences would differ too: the standard error of an accuracy
   of .4 is .015 on the 1,101 dev sentences of SST.
 - *plain* has no flags: the assignment's head, learning rate (2e-5), epochs (five) and optimizer, 8
-  sentences per batch, and the mode that the checkpoint says. All checkpoints here are causal, so it
-  is causal mode. *plain (reference mode)* is the assignment's recipe in its attention too: without
-  a mask, and with the last column as the sentence's hidden state.
+  sentences per batch, and the mode that the checkpoint says, which is causal for all but the
+  assignment's own checkpoints. With `--no-causal` it is the assignment's recipe in its attention
+  too: without a mask, and with the last column as the sentence's hidden state.
 - *seeds*: how many are measured; *n of m* if the plan has more.
 - *time*, *memory*: seconds of a whole run, and its peak resident memory, relative to the baseline
   on the same machine. Other programs used it at times, so the times are rough.
