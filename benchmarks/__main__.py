@@ -19,7 +19,6 @@ import torch
 
 from benchmarks import growth, llama2c, rows
 from benchmarks.measure import describe_machine, quiet_transformers
-from benchmarks.program import exit_status
 from benchmarks.table import (
     HEAD,
     Progress,
@@ -29,6 +28,7 @@ from benchmarks.table import (
     peak_rate,
 )
 from benchmarks.works import can_compile, make_llama, missing_inputs, read_llama
+from beyond.program import exit_status
 from beyond.runtime import resolve_device
 from utils import OneLineParser, at_least_one, describe_error, open_atomically, prepare_output
 
@@ -205,7 +205,7 @@ def run(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     quiet_transformers()
-    return exit_status(PROGRAM, "nothing is written", lambda: run(parse_args(argv)))
+    return exit_status(PROGRAM, lambda: run(parse_args(argv)), "nothing is written")
 
 
 if __name__ == "__main__":

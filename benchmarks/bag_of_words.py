@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 
-from benchmarks.program import exit_status
+from beyond.program import exit_status
 from utils import OneLineParser, parse_example, read_lines
 
 PROGRAM = "python -m benchmarks.bag_of_words"
@@ -57,7 +57,7 @@ def accuracies(files: Sequence[str | Path], features: str) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    return exit_status(PROGRAM, "the rest is not computed", lambda: run(argv))
+    return exit_status(PROGRAM, lambda: run(argv), "the rest is not computed")
 
 
 def run(argv: Sequence[str] | None) -> int:

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 
 import torch
 
-from benchmarks.program import exit_status
 from beyond.formats.files import default_tokenizer
 from beyond.formats.load import load_llama, load_tokenizer
 from beyond.pretraining import count_tokens_per_byte, evaluate, load_documents, pack
+from beyond.program import exit_status
 from beyond.runtime import Runtime, check_vocabulary, has_bfloat16
 from utils import OneLineParser
 
@@ -49,7 +49,7 @@ def bits_per_byte(model: str, text: str) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    return exit_status(PROGRAM, "nothing is computed", lambda: run(argv))
+    return exit_status(PROGRAM, lambda: run(argv), "nothing is computed")
 
 
 def run(argv: Sequence[str] | None) -> int:

@@ -65,6 +65,35 @@ def run_program(get_options: Callable[[], Options], task: Callable[[Options], No
     return 0
 
 
+def exit_status(program: str, work: Callable[[], int], consequence: str = "") -> int:
+    """Do the work of a small program, and report its errors.
+
+    Args:
+        program: how it was called.
+        work: reads the command line, does what it says, and returns the exit status.
+        consequence: of an interruption, for the user; may be empty.
+
+    Returns:
+        The exit status: that of the work; 2 after an error; 128 + the signal's number after SIGINT
+        or SIGTERM.
+    """
+    with signals_raise():
+        try:
+            return work()
+        except Interrupted as interrupt:
+            text = f"interrupted; {consequence}" if consequence else "interrupted"
+            print(f"{program}: {text}", file=sys.stderr)
+            return 128 + interrupt.number
+        except (ValueError, OSError) as error:
+            print(f"{program}: error: {describe_error(error)}", file=sys.stderr)
+            return 2
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            print(f"{program}: error: out of memory", file=sys.stderr)
+            return 2
+
+
 @contextmanager
 def started(options: Options) -> Iterator[None]:
     """Check device and files, join torchrun's processes, lock the results, and print the notes."""

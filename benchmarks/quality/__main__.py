@@ -18,7 +18,6 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from benchmarks.machine import processor
-from benchmarks.program import exit_status
 from benchmarks.quality.estimate import Estimator, show_duration
 from benchmarks.quality.measurement import DEFAULT_PLAN, Files, Measurement
 from benchmarks.quality.plan import Plan
@@ -27,6 +26,7 @@ from benchmarks.quality.report import decimals
 from benchmarks.quality.results import find_result
 from benchmarks.quality.runs import Run, check_inputs
 from beyond.interrupts import signals_wait
+from beyond.program import exit_status
 from utils import OneLineParser, describe_error, prepare_output
 
 PROGRAM = "python -m benchmarks.quality"
@@ -167,7 +167,7 @@ def measure(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (None: the program's); returns the exit status."""
     consequence = "the same command continues where it stopped"
-    return exit_status(PROGRAM, consequence, lambda: measure(parse_args(argv)))
+    return exit_status(PROGRAM, lambda: measure(parse_args(argv)), consequence)
 
 
 if __name__ == "__main__":

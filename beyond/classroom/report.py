@@ -20,8 +20,8 @@ from typing import Any
 from beyond.classroom.checker import check, require_folder
 from beyond.classroom.part import Finding, Part, Status
 from beyond.classroom.parts import PARTS
-from beyond.interrupts import Interrupted, signals_raise
-from utils import OneLineParser, describe_error, open_atomically, prepare_output
+from beyond.program import exit_status
+from utils import OneLineParser, open_atomically, prepare_output
 
 PROGRAM = "sanity_check.py"
 POINTS = Path(__file__).parent / "points.txt"
@@ -45,15 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line (None: the program's); returns the exit status."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    with signals_raise():
-        try:
-            return run(argv)
-        except Interrupted as interrupt:
-            print(f"{PROGRAM}: interrupted", file=sys.stderr)
-            return 128 + interrupt.number
-        except (ValueError, OSError) as error:
-            print(f"{PROGRAM}: error: {describe_error(error)}", file=sys.stderr)
-            return 2
+    return exit_status(PROGRAM, lambda: run(argv))
 
 
 def run(argv: Sequence[str] | None) -> int:

@@ -22,35 +22,27 @@ from beyond.formats.huggingface import write_huggingface
 from beyond.formats.llama2c import write_llama2c
 from beyond.formats.llama2c_tokenizer import tokenizer_bin_notes
 from beyond.formats.load import load_llama, load_tokenizer, make_tokenizer, write_tokenizer
-from beyond.interrupts import Interrupted, signals_raise
 from beyond.methods.checkpoints import load_any_classifier
 from beyond.processes import progress
-from beyond.runtime import check_vocabulary, is_out_of_memory
+from beyond.program import exit_status
+from beyond.runtime import check_vocabulary
 from llama import Llama
 from tokenizer import Tokenizer
-from utils import OneLineParser, check_readable, describe_error, lock_results, prepare_output
+from utils import OneLineParser, check_readable, lock_results, prepare_output
 
+PROGRAM = "beyond.formats"
 DTYPES = ("float32", "float16", "bfloat16", "int8")
 KINDS: dict[str, Kind] = {".pt": "pt", ".bin": "llama2c"}  # of a target, by its ending
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    with signals_raise():
-        try:
-            convert(*parse(argv))
-        except Interrupted as interrupt:
-            say("interrupted")
-            return 128 + interrupt.number
-        except (ValueError, OSError) as error:
-            say(f"error: {describe_error(error)}")
-            return 2
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            say("error: out of memory")
-            return 2
-    return 0
+
+    def work() -> int:
+        convert(*parse(argv))
+        return 0
+
+    return exit_status(PROGRAM, work)
 
 
 def parse(argv: Sequence[str] | None) -> tuple[str, str, str, str | None]:
@@ -166,12 +158,7 @@ def bar(names: Collection[str]) -> Iterable[str]:
 
 def note(text: str) -> None:
     """Print a note on standard error."""
-    say(f"note: {text}")
-
-
-def say(text: str) -> None:
-    """Print a line on standard error."""
-    print(f"beyond.formats: {text}", file=sys.stderr)
+    print(f"{PROGRAM}: note: {text}", file=sys.stderr)
 
 
 if __name__ == "__main__":
