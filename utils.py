@@ -47,9 +47,17 @@ def refuse_arguments(description: str | None) -> None:
         sys.exit(2)
 
 
+def whole_number(text: str) -> int:
+    """Convert an argument to an integer."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, found {text!r}") from None
+
+
 def at_least_one(text: str, lowest: int = 1) -> int:
     """Convert an argument to an integer from `lowest` to `LARGEST_INT`."""
-    value = int(text)
+    value = whole_number(text)
     if value < lowest:
         raise argparse.ArgumentTypeError(f"{value} is below {lowest}")
     if value > LARGEST_INT:

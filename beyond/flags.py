@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field
 from typing import Any
 
-from utils import at_least_one
+from utils import at_least_one, whole_number
 
 LARGEST_FLOAT32 = 3.4028234663852886e38
 
@@ -17,9 +17,17 @@ LARGEST_FLOAT32 = 3.4028234663852886e38
 # ------------------------------------------------------------------------------- argument types
 
 
+def number(text: str) -> float:
+    """Convert an argument to a number."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, found {text!r}") from None
+
+
 def seed_number(text: str) -> int:
     """Convert an argument to an integer that every random generator takes as a seed."""
-    value = int(text)
+    value = whole_number(text)
     if not 0 <= value < 2**32:
         raise argparse.ArgumentTypeError(f"{value} is not in 0 to 2^32 - 1")
     return value
@@ -35,7 +43,7 @@ def seed_list(text: str) -> tuple[int, ...]:
 
 def non_negative(text: str) -> float:
     """Convert an argument to a number from 0 to the largest float32."""
-    value = float(text)
+    value = number(text)
     if not 0 <= value <= LARGEST_FLOAT32:
         raise argparse.ArgumentTypeError(f"{value} is not between 0 and the largest float32")
     return value
@@ -54,9 +62,9 @@ def non_negative_int(text: str) -> int:
     return at_least_one(text, lowest=0)
 
 
-def probability(text: str) -> float:
-    """Convert an argument to a probability above 0."""
-    value = float(text)
+def positive_fraction(text: str) -> float:
+    """Convert an argument to a number above 0, at most 1."""
+    value = number(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{value} is not in (0, 1]")
     return value
@@ -64,7 +72,7 @@ def probability(text: str) -> float:
 
 def dropout_probability(text: str) -> float:
     """Convert an argument to a probability below 1."""
-    value = float(text)
+    value = number(text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not in [0, 1)")
     return value

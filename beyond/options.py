@@ -21,7 +21,7 @@ from beyond.flags import (
     flag,
     non_negative,
     non_negative_int,
-    probability,
+    positive_fraction,
     seed_list,
     seed_number,
     switch,
@@ -196,7 +196,7 @@ class GenerateOptions(ModelOptions):
     top_p: float = flag(
         "nucleus sampling: sample from the smallest set of tokens with this total probability",
         1.0,
-        type=probability,
+        type=positive_fraction,
     )
     num_samples: int = flag("texts per prompt", 1, type=at_least_one)
     stop_at_eos: bool = switch("end a text at EOS or BOS")

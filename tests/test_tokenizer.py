@@ -183,7 +183,7 @@ def test_long_documents_are_learnt_from(workplace: Path) -> None:
         (["--input", "blank.txt", "--vocab_size", "300"], "blank.txt: holds no text"),
         (
             ["--input", "blank.txt", "--vocab_size", "many"],
-            "--vocab_size: invalid at_least_one value",
+            "--vocab_size: expected a whole number, found 'many'",
         ),
         (["--input", "data/cfimdb-dev.txt", "--vocab_size", "9999"], "Vocabulary size too high"),
         (["--input", "data/cfimdb-dev.txt", "--vocab_size", "20"], "smaller than required_chars"),

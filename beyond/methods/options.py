@@ -8,7 +8,15 @@ Like `beyond/options.py`, this module imports neither PyTorch nor NumPy.
 import argparse
 from dataclasses import dataclass
 
-from beyond.flags import dropout_probability, flag, non_negative, non_negative_int, switch
+from beyond.flags import (
+    dropout_probability,
+    flag,
+    non_negative,
+    non_negative_int,
+    number,
+    positive_fraction,
+    switch,
+)
 from beyond.methods.recipes import RECIPES
 from utils import at_least_one
 
@@ -20,17 +28,9 @@ MATRICES = ("query", "key", "value", "output", "w1", "w2", "w3")
 
 def fraction(text: str) -> float:
     """Convert an argument to a number from 0 to 1."""
-    value = float(text)
+    value = number(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{value} is not in [0, 1]")
-    return value
-
-
-def positive_fraction(text: str) -> float:
-    """Convert an argument to a number above 0, at most 1."""
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{value} is not in (0, 1]")
     return value
 
 

@@ -383,7 +383,7 @@ def refusals() -> dict[str, tuple[list[str], str]]:
         "epochs": ([*FINETUNE, "--epochs", "-1"], "--epochs: -1 is below 1"),
         "max_new_tokens": (["--max_new_tokens", "0"], "--max_new_tokens: 0 is below 1"),
         "max_sentence_len": (["--max_sentence_len", "0"], "--max_sentence_len: 0 is below 1"),
-        "no number": ([*FINETUNE, "--lr", "fast"], "--lr: invalid non_negative value: 'fast'"),
+        "no number": ([*FINETUNE, "--lr", "fast"], "--lr: expected a number, found 'fast'"),
         "NaN": ([*FINETUNE, "--lr", "nan"], "--lr: nan is not between 0 and the largest float32"),
         "dropout": (
             [*FINETUNE, "--hidden_dropout_prob", "1"],
