@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from run_llama import main
-from tests.beyond.methods.recipes import make_classifier, make_rows, train_steps
+from tests.beyond.methods.helpers import make_classifier, make_rows, train_steps
 from tests.beyond.methods.test_lora import make_lora
 from tests.conftest import make_llama, save_llama
 from tests.test_run_llama import FINETUNE, PROMPT, run

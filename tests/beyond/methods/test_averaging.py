@@ -11,11 +11,11 @@ from beyond.methods.averaging import MovingAverage
 from beyond.methods.method import Method
 from beyond.methods.weights import trained
 from run_llama import classification_loss
-from tests.beyond.methods.recipes import (
+from tests.beyond.methods.helpers import (
     add_ingredient,
-    kept,
+    finetune_and_load,
+    load_weights,
     make_classifier,
-    saved,
     train_steps,
     weights_of,
 )
@@ -69,9 +69,9 @@ def test_kept_weights_are_averages_of_all_that_trains() -> None:
 def test_decay_zero_keeps_the_last_weights_bit_for_bit(
     workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = kept(FINETUNE)
+    plain = finetune_and_load(FINETUNE)
     add_ingredient(monkeypatch, lambda classifier: MovingAverage(trained([classifier]), 0.0))
-    averaged = kept(FINETUNE)
+    averaged = finetune_and_load(FINETUNE)
     assert all(torch.equal(averaged[name], weight) for name, weight in plain.items())
 
 
@@ -88,7 +88,7 @@ def test_training_goes_on_from_the_weights_themselves(run_forks: RunForks, workp
         assert torch.equal(weights.pop(name), weight), name
     assert all(".averages." in name for name in weights)
     assert len(weights) == len(list(make_classifier().parameters()))
-    kept_weights = [saved(folder) for folder in folders.values()]
+    kept_weights = [load_weights(folder) for folder in folders.values()]
     assert not torch.equal(*(w["classifier_head.weight"] for w in kept_weights))
 
 

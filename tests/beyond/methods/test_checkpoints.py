@@ -18,6 +18,7 @@ from beyond.options import FinetuneOptions
 from classifier import ClassifierConfig, LlamaEmbeddingClassifier, load_classifier
 from run_llama import classification_loss, main
 from tests.beyond.methods.conftest import PROMPT, WORDS
+from tests.beyond.methods.helpers import assert_close_curves
 from tests.beyond.runs import (
     FINETUNE,
     TERM,
@@ -79,7 +80,7 @@ def test_each_classifier_is_made_again(word_tokenizer: Tokenizer, tmp_path: Path
         assert (tmp_path / "again.pt").read_bytes() == path.read_bytes()
 
 
-def test_the_ground_floor_refuses_a_method_by_its_name(
+def test_load_classifier_refuses_a_method_by_its_name(
     word_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     path = tmp_path / "best.pt"
@@ -180,7 +181,7 @@ def test_classify_gives_the_labels_of_the_run(
 def test_an_interrupted_run_ends_as_if_it_had_not_been(
     run_forks: RunForks, word_workplace: Path, number: int, flags: Sequence[str], turn: int
 ) -> None:
-    """SIGTERM after a step or in an evaluation, in turn, as the modes; with all dropouts."""
+    """By SIGTERM after a step or in an evaluation; signals and modes alternate. Dropout is on."""
     argv = [*FINETUNE, MODES[number % 2 == 0], "--epochs", "2", *flags]
     expected = run_uninterrupted(run_forks, word_workplace, argv)
     strike = [Strike(TERM, "step", 2), Strike(TERM, "eval", 4)][(number // 2 + turn) % 2]
@@ -192,7 +193,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(
 def test_processes_and_micro_batches_compute_the_same(
     run_forks: RunForks, word_workplace: Path, flags: Sequence[str], causal: bool
 ) -> None:
-    """Two processes that compute a row at a time; in the last batch one of three has none."""
+    """Two processes, a row at a time; or three, one of which has no row of the last batch."""
     argv = [*FINETUNE, *STILL, MODES[causal], *flags]
     folder = copy_of(word_workplace, "several")
     processes, small = (2, ["--micro_batch_size", "1"]) if causal else (3, [])
@@ -200,9 +201,10 @@ def test_processes_and_micro_batches_compute_the_same(
     assert status == 0, err
     assert main(argv) == 0
     assert_close_results(folder, word_workplace)
+    assert_close_curves(folder, word_workplace)
 
 
-def test_another_method_is_another_run(
+def test_a_run_with_another_pooling_cannot_be_resumed(
     run_forks: RunForks, word_workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ((status, *_),) = run_forks([Job(FINETUNE, word_workplace, Strike(TERM, "step", 2))])
@@ -211,8 +213,8 @@ def test_another_method_is_another_run(
     assert status == 2 and "other settings: pooling=last, now mean" in err
 
 
-def test_a_run_in_its_folder_is_the_same_twice(run_forks: RunForks, word_workplace: Path) -> None:
-    """With the flags that have parameters of their own, bit for bit."""
+def test_two_runs_of_a_command_are_equal(run_forks: RunForks, word_workplace: Path) -> None:
+    """Bit for bit, with the pooling that has a parameter of its own."""
     argv = [*FINETUNE, "--epochs", "2", "--pooling", "attention"]
     folders = [copy_of(word_workplace, name) for name in "ab"]
     results = run_forks([Job(argv, folder) for folder in folders])

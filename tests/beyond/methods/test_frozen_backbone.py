@@ -12,8 +12,8 @@ from beyond.methods.schedules import Groups, LearningRates, split
 from llama import load_pretrained
 from optimizer import AdamW
 from run_llama import classification_loss
-from tests.beyond.methods.recipes import (
-    kept,
+from tests.beyond.methods.helpers import (
+    finetune_and_load,
     make_classifier,
     make_rows,
     train_steps,
@@ -26,12 +26,14 @@ FREEZE = [*FINETUNE, "--freeze_backbone"]
 
 def test_only_the_head_trains(workplace: Path) -> None:
     pretrained = load_pretrained("stories42M.pt").state_dict()
-    weights, plain = kept(FREEZE), kept(FINETUNE)
+    weights, plain = finetune_and_load(FREEZE), finetune_and_load(FINETUNE)
     for name, weight in pretrained.items():
         assert torch.equal(weights[f"llama.{name}"], weight)
     assert weights.keys() == plain.keys()
-    # From the same initial head as the plain run, but then to another one.
-    assert not torch.equal(weights["classifier_head.weight"], plain["classifier_head.weight"])
+    untrained = finetune_and_load([*FREEZE, "--lr", "0"])
+    head = "classifier_head.weight"
+    assert not torch.equal(weights[head], untrained[head])
+    assert not torch.equal(weights[head], plain[head])
 
 
 def test_head_trains_as_on_stored_hidden_states() -> None:
@@ -76,9 +78,9 @@ def test_limit_case_is_plain_fine_tuning_bit_for_bit() -> None:
 
 def test_backbone_uses_no_dropout(workplace: Path) -> None:
     """And draws no random numbers for it, so the dropout before the head is the same too."""
-    first, second = (kept([*FREEZE, "--dropout", dropout]) for dropout in ("0", "0.5"))
+    first, second = (finetune_and_load([*FREEZE, "--dropout", dropout]) for dropout in ("0", "0.5"))
     assert all(torch.equal(second[name], weight) for name, weight in first.items())
-    still = kept([*FREEZE, "--hidden_dropout_prob", "0"])
+    still = finetune_and_load([*FREEZE, "--hidden_dropout_prob", "0"])
     assert not torch.equal(still["classifier_head.weight"], first["classifier_head.weight"])
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from beyond.methods.label_smoothing import smooth_labels
 from run_llama import classification_loss
-from tests.beyond.methods.recipes import curve, kept
+from tests.beyond.methods.helpers import finetune_and_load, read_curve
 from tests.beyond.runs import FINETUNE
 
 
@@ -38,17 +38,17 @@ def test_matches_pytorch(eps: float) -> None:
 def test_without_smoothing_it_is_the_plain_loss_bit_for_bit(
     workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = kept(FINETUNE)
+    plain = finetune_and_load(FINETUNE)
     monkeypatch.setattr("run_llama.classification_loss", smooth_labels(classification_loss, 0.0))
-    smoothed = kept(FINETUNE)
+    smoothed = finetune_and_load(FINETUNE)
     assert all(torch.equal(smoothed[name], weight) for name, weight in plain.items())
 
 
-def test_the_flag_is_the_share_of_all_labels(workplace: Path) -> None:
-    """The first loss of a run, before any step, from that of a plain run and of full smoothing."""
+def test_the_first_loss_is_linear_in_the_flag(workplace: Path) -> None:
+    """That with 0.25 is the mean of those with 0 and 0.5."""
     losses = []
     for eps in ("0", "0.25", "0.5"):
-        kept([*FINETUNE, "--epochs", "1", "--label_smoothing", eps])
-        losses.append(curve("loss")[0])
+        finetune_and_load([*FINETUNE, "--epochs", "1", "--label_smoothing", eps])
+        losses.append(read_curve("loss")[0])
     assert losses[1] != pytest.approx(losses[0], rel=1e-3)
-    assert losses[1] == pytest.approx((losses[0] + losses[2]) / 2, rel=1e-5)  # linear in eps
+    assert losses[1] == pytest.approx((losses[0] + losses[2]) / 2, rel=1e-5)

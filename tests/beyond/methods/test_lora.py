@@ -21,11 +21,10 @@ from classifier import ClassifierConfig, LlamaEmbeddingClassifier, load_classifi
 from llama import load_pretrained
 from optimizer import AdamW
 from run_llama import classification_loss
-from tests.beyond.methods.recipes import (
-    kept,
+from tests.beyond.methods.helpers import (
+    finetune_and_load,
     make_classifier,
     make_rows,
-    saved,
     train_steps,
     weights_of,
 )
@@ -132,7 +131,7 @@ def test_random_numbers_depend_on_the_seed_alone() -> None:
     assert torch.equal(torch.get_rng_state(), state)  # nothing of the global generator
     assert all(torch.equal(a, b) for a, b in zip(first, draw(7), strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(first, draw(8), strict=True))
-    # The head is drawn from the same seed, in the same way.
+    # A has other numbers than a head that is drawn with the same seed.
     torch.manual_seed(7)
     head = nn.Linear(first[0].shape[1], 2).weight
     assert not torch.isin(head, first[0]).any()
@@ -179,7 +178,7 @@ def test_weights_are_given_back_after_an_interruption() -> None:
 def test_only_the_updates_and_the_head_train(workplace: Path) -> None:
     """The result is a plain classifier, whose chosen matrices changed by one of rank 2."""
     pretrained = load_pretrained("stories42M.pt").state_dict()
-    weights = kept([*LORA, "--lora_matrices", "key,w2"])
+    weights = finetune_and_load([*LORA, "--lora_matrices", "key,w2"])
     changed = set()
     for name, weight in pretrained.items():
         difference = weights.pop(f"llama.{name}") - weight
@@ -213,7 +212,7 @@ def test_optimizer_holds_only_what_trains(workplace: Path, monkeypatch: pytest.M
             made.append(self)
 
     monkeypatch.setattr(run_llama, "AdamW", Recording)
-    kept(LORA)
+    finetune_and_load(LORA)
     (optimizer,) = made
     shapes = [tuple(p.shape) for group in optimizer.param_groups for p in group["params"]]
     assert len(optimizer.state) == len(shapes)
@@ -260,8 +259,8 @@ def test_gradients_and_optimizer_state_are_small(
 def test_updates_scaled_by_zero_train_the_head_alone(workplace: Path) -> None:
     """--lora_alpha 0 is a frozen backbone, bit for bit, if there is no dropout inside it."""
     argv = [*FINETUNE, "--dropout", "0"]
-    frozen = kept([*argv, "--freeze_backbone"])
-    scaled = kept([*argv, "--lora_rank", "2", "--lora_alpha", "0"])
+    frozen = finetune_and_load([*argv, "--freeze_backbone"])
+    scaled = finetune_and_load([*argv, "--lora_rank", "2", "--lora_alpha", "0"])
     assert all(torch.equal(scaled[name], weight) for name, weight in frozen.items())
 
 
@@ -278,7 +277,10 @@ def test_bfloat16(workplace: Path) -> None:
     assert dtypes == [torch.float32, torch.bfloat16]
     # bfloat16 has 8 bits; log-probabilities are of order one.
     torch.testing.assert_close(found, expected, atol=0.1, rtol=0)
-    assert kept([*LORA, "--dtype", "bfloat16"]).keys() == saved(Path()).keys()
+    expected_weights = finetune_and_load(LORA)
+    weights = finetune_and_load([*LORA, "--dtype", "bfloat16"])
+    assert weights.keys() == expected_weights.keys()
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize(
@@ -316,20 +318,20 @@ def test_bad_flags_are_one_line(
     assert not Path("out/a.pt").exists()
 
 
-def test_help_says_the_default_once() -> None:
+def test_help_of_lora_matrices_says_the_default_once() -> None:
     words = " ".join(build_parser().format_help().split())
     assert "output, w1, w2, w3 (default: query,value) --smart" in words
 
 
 def test_largest_rank_is_allowed(workplace: Path) -> None:
-    kept([*FINETUNE, "--epochs", "1", "--lora_rank", "24", "--lora_matrices", "key"])
+    finetune_and_load([*FINETUNE, "--epochs", "1", "--lora_rank", "24", "--lora_matrices", "key"])
 
 
 def test_training_checkpoint_has_the_updates(
     workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_llama, "remove_training_checkpoint", lambda path: None)
-    kept(LORA)
+    finetune_and_load(LORA)
     names = load_safely(Path("out/a.pt.state"))["model"].keys()
     updates = {name for name in names if not name.startswith("classifier.")}
     prefix = "modules_of_ingredients.0.updates."

@@ -1,4 +1,4 @@
-"""All ingredients that choose what trains, at which rate and what is kept, in one run."""
+"""`Method`: how flags build it, and runs with all ingredients together."""
 
 from pathlib import Path
 
@@ -23,11 +23,11 @@ from beyond.methods.wise_ft import WiseFt
 from beyond.options import FinetuneOptions
 from run_llama import classification_loss, main
 from tests.beyond.methods.conftest import PROMPT, WORDS
-from tests.beyond.methods.recipes import (
+from tests.beyond.methods.helpers import (
     assert_close_curves,
-    curve,
-    kept,
+    finetune_and_load,
     make_classifier,
+    read_curve,
     train_steps,
     weights_of,
 )
@@ -131,9 +131,13 @@ def test_several_processes_compute_what_one_does(
 def test_micro_batches_train_alike(workplace: Path, name: str) -> None:
     argv = [*FINETUNE, *METHODS[name], "--dropout", "0", "--hidden_dropout_prob", "0"]
     argv += ["--lr", "1e-4", "--epochs", "2"]
-    whole, micro = (kept([*argv, *flags]) for flags in ([], ["--micro_batch_size", "1"]))
-    for tensor_name, weight in whole.items():
-        torch.testing.assert_close(micro[tensor_name], weight, atol=1e-6, rtol=0)
+    whole, micro = (
+        (finetune_and_load([*argv, *flags]), read_curve("loss"))
+        for flags in ([], ["--micro_batch_size", "1"])
+    )
+    for tensor_name, weight in whole[0].items():
+        torch.testing.assert_close(micro[0][tensor_name], weight, atol=1e-6, rtol=0)
+    assert micro[1] == pytest.approx(whole[1], rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -142,10 +146,10 @@ def test_micro_batches_train_alike(workplace: Path, name: str) -> None:
 def test_head_and_data_order_depend_on_the_seed_alone(workplace: Path, name: str) -> None:
     """So runs pair by seed: with a learning rate of 0 each step has the plain run's loss."""
     argv = [*FINETUNE, "--epochs", "1", "--dropout", "0", "--lr", "0"]
-    kept(argv)
-    plain = curve("loss")
-    kept([*argv, *METHODS[name], "--label_smoothing", "0"])
-    assert curve("loss") == pytest.approx(plain, rel=1e-6)
+    finetune_and_load(argv)
+    plain = read_curve("loss")
+    finetune_and_load([*argv, *METHODS[name], "--label_smoothing", "0"])
+    assert read_curve("loss") == pytest.approx(plain, rel=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["--causal", "--no-causal"])
@@ -163,7 +167,7 @@ def test_each_step_has_the_same_lines_whatever_the_method(
     lines = {}
     flags = ["--mixout=0.5", "--smart=1", "--r_drop=1", "--bregman=1", "--head=label_words"]
     for flag in ("--label_smoothing=0", *flags):
-        kept([*FINETUNE, "--epochs", "2", mode, flag])
+        finetune_and_load([*FINETUNE, "--epochs", "2", mode, flag])
         lines[flag] = [*steps]
         steps.clear()
     plain = lines["--label_smoothing=0"]
@@ -256,13 +260,15 @@ def test_both_passes_of_r_drop_smooth_labels(workplace: Path) -> None:
     """Without dropout the passes are equal, so the smoothed loss counts twice."""
     argv = [*FINETUNE, "--epochs", "1", "--dropout", "0", "--hidden_dropout_prob", "0"]
     argv += ["--lr", "0", "--label_smoothing", "0.3"]
-    kept(argv)
-    one = curve("loss")
-    kept([*argv, "--r_drop", "1"])
-    assert curve("loss") == pytest.approx([2 * loss for loss in one], rel=1e-6)
+    finetune_and_load(argv)
+    one = read_curve("loss")
+    finetune_and_load([*argv, "--r_drop", "1"])
+    assert read_curve("loss") == pytest.approx([2 * loss for loss in one], rel=1e-6)
 
 
-def test_plain_runs_build_no_ingredient(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flags_build_their_ingredients_in_order(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     built: list[Method] = []
     init = Method.__init__
 
@@ -271,9 +277,11 @@ def test_plain_runs_build_no_ingredient(workplace: Path, monkeypatch: pytest.Mon
         built.append(self)
 
     monkeypatch.setattr(Method, "__init__", record)
-    kept([*FINETUNE, "--epochs", "1"])
-    kept([*FINETUNE, "--epochs", "1", *METHODS["lora"]])
-    kept([*FINETUNE, "--epochs", "1", *RATES, "--ema", "0.6", "--mixout", "0.5", "--r_drop", "1"])
+    finetune_and_load([*FINETUNE, "--epochs", "1"])
+    finetune_and_load([*FINETUNE, "--epochs", "1", *METHODS["lora"]])
+    finetune_and_load(
+        [*FINETUNE, "--epochs", "1", *RATES, "--ema", "0.6", "--mixout", "0.5", "--r_drop", "1"]
+    )
     rates = [WeightDecay, LearningRates, GradientClipping]
     kinds = [[type(ingredient) for ingredient in method.ingredients] for method in built]
     assert kinds == [

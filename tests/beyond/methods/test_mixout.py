@@ -70,8 +70,8 @@ def test_mixed_weights_are_the_equations() -> None:
     entries = np.concatenate([k.flatten() for k in kept])
     # Five standard errors.
     assert abs(entries.mean() - (1 - P)) < 5 * (P * (1 - P) / len(entries)) ** 0.5
-    run = torch.optim.SGD(classifier.parameters(), lr=1.0)  # not used, but asked for
-    mixout.before_update(run)
+    unused = torch.optim.SGD(classifier.parameters(), lr=1.0)
+    mixout.before_update(unused)
     for name, weight in weights_of(classifier).items():
         assert torch.equal(weight, own[name]), name
 

@@ -221,7 +221,7 @@ def test_a_cut_model_computes_the_first_layers_and_the_final_norm(causal: bool) 
 
 
 def test_a_cut_models_checkpoint_is_a_plain_one(tmp_path: Path) -> None:
-    """The ground floor reads it, and it is smaller."""
+    """The assignment's `load_classifier` reads it, and it is smaller."""
     plain = make_classifier(True, n_layers=3)
     before = sum(parameter.numel() for parameter in plain.parameters())
     cut_layers(plain.llama, 1)

@@ -131,12 +131,12 @@ def test_the_first_step_is_plain(causal: bool) -> None:
 
 @MODES
 def test_micro_batches_have_the_same_gradients(causal: bool) -> None:
-    both = [
+    runs = [
         train(lambda c: [with_moved_average(c)], causal, steps=1, micro_batch_size=size)
         for size in (None, 1, 3)
     ]
-    assert_close_gradients(both[1], both[0])
-    assert_close_gradients(both[2], both[0])
+    assert_close_gradients(runs[1], runs[0])
+    assert_close_gradients(runs[2], runs[0])
 
 
 def test_the_average_is_not_what_is_kept() -> None:

@@ -19,13 +19,13 @@ from beyond.methods.schedules import (
 from classifier import LlamaEmbeddingClassifier
 from optimizer import AdamW
 from run_llama import classification_loss, main
-from tests.beyond.methods.recipes import (
+from tests.beyond.methods.helpers import (
     MakeIngredient,
     add_ingredient,
-    curve,
-    kept,
+    finetune_and_load,
+    load_weights,
     make_classifier,
-    saved,
+    read_curve,
     train_steps,
     weights_of,
 )
@@ -60,13 +60,13 @@ def test_a_run_follows_the_schedule(workplace: Path) -> None:
     """12 steps, as TensorBoard has them; a resumed run too."""
     argv = [*FINETUNE, "--warmup", "0.25", "--linear_decay", "--lr", "1e-3"]
     expected = [0.25, 0.5, 0.75, *((12 - step) / 9 for step in range(3, 12))]
-    weights = kept(argv)
-    assert curve("learning_rate") == pytest.approx([1e-3 * factor for factor in expected])
+    weights = finetune_and_load(argv)
+    assert read_curve("learning_rate") == pytest.approx([1e-3 * factor for factor in expected])
     shutil.rmtree("out")
     assert interrupt(argv, 5) == 130
     assert main([*argv, "--resume"]) == 0
-    assert curve("learning_rate") == pytest.approx([1e-3 * factor for factor in expected])
-    assert_equal(saved(Path()), weights)
+    assert read_curve("learning_rate") == pytest.approx([1e-3 * factor for factor in expected])
+    assert_equal(load_weights(Path()), weights)
 
 
 # ------------------------------------------------------------------------------ rates by layer
@@ -111,8 +111,8 @@ def test_layer_decay_scales_each_layers_step() -> None:
 
 def test_the_heads_rate_is_the_one_that_is_logged(workplace: Path) -> None:
     argv = [*FINETUNE, "--epochs", "1", "--layer_decay", "0.5", "--weight_decay", "0.1"]
-    kept([*argv, "--lr", "1e-3"])
-    assert curve("learning_rate") == pytest.approx([1e-3] * 3)
+    finetune_and_load([*argv, "--lr", "1e-3"])
+    assert read_curve("learning_rate") == pytest.approx([1e-3] * 3)
 
 
 # -------------------------------------------------------------------------------- weight decay
@@ -120,7 +120,9 @@ def test_the_heads_rate_is_the_one_that_is_logged(workplace: Path) -> None:
 
 def test_weight_decay_shrinks_matrices_only(workplace: Path) -> None:
     """In one step: theta <- (1 - lr * decay) theta, after the plain update."""
-    plain, decayed = (kept([*ONE_STEP, "--weight_decay", decay]) for decay in ("0", "3"))
+    plain, decayed = (
+        finetune_and_load([*ONE_STEP, "--weight_decay", decay]) for decay in ("0", "3")
+    )
     for name, weight in plain.items():
         if weight.dim() == 2:
             expected = weight * (1 - 1e-2 * 3)
@@ -158,8 +160,8 @@ def test_the_norm_before_clipping_is_logged(workplace: Path) -> None:
     """In the first step, where both runs have the same weights."""
     norms = []
     for flags in ([], ["--max_grad_norm", "1e-3"]):
-        kept([*FINETUNE, "--epochs", "1", *flags])
-        norms.append(curve("gradient_norm")[0])
+        finetune_and_load([*FINETUNE, "--epochs", "1", *flags])
+        norms.append(read_curve("gradient_norm")[0])
     assert norms[0] > 1e-2 and norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
@@ -184,9 +186,9 @@ LIMITS: dict[str, MakeIngredient] = {
 def test_limit_case_is_plain_fine_tuning_bit_for_bit(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    plain = kept(FINETUNE)
+    plain = finetune_and_load(FINETUNE)
     add_ingredient(monkeypatch, LIMITS[name])
-    assert_equal(kept(FINETUNE), plain)
+    assert_equal(finetune_and_load(FINETUNE), plain)
 
 
 def test_groups_by_layer_at_one_rate_are_plain_fine_tuning_bit_for_bit() -> None:

@@ -209,9 +209,10 @@ def test_delta_leaves_padding_and_evaluation_alone(causal: bool) -> None:
 
 
 def test_causal_penalties_do_not_depend_on_the_batch() -> None:
-    """The median of five: each change of an embedding has nearly the sign of its gradient only.
+    """The median over five seeds is compared, since in some of them rounding matters.
 
-    So where a gradient is nearly 0, rounding alone can turn the change around.
+    The change of an embedding depends on little but the sign of its gradient, so where a gradient
+    is almost 0, rounding can flip the change.
     """
     errors = []
     for seed in range(5):
@@ -228,12 +229,12 @@ def test_causal_penalties_do_not_depend_on_the_batch() -> None:
 
 @MODES
 def test_micro_batches_have_the_same_gradients(causal: bool) -> None:
-    both = [
+    runs = [
         train(lambda c: [Smart(c, 1.0, seed=3)], causal, steps=1, micro_batch_size=size)
         for size in (None, 1, 3)
     ]
-    assert_close_gradients(both[1], both[0])
-    assert_close_gradients(both[2], both[0])
+    assert_close_gradients(runs[1], runs[0])
+    assert_close_gradients(runs[2], runs[0])
 
 
 def test_the_penalty_survives_bfloat16() -> None:

@@ -12,11 +12,11 @@ from beyond.methods.weights import trained
 from beyond.methods.wise_ft import WiseFt
 from llama import load_pretrained
 from run_llama import classification_loss, main
-from tests.beyond.methods.recipes import (
+from tests.beyond.methods.helpers import (
     add_ingredient,
-    kept,
+    finetune_and_load,
+    load_weights,
     make_classifier,
-    saved,
     train_steps,
     weights_of,
 )
@@ -60,9 +60,9 @@ def test_averages_are_mixed() -> None:
 def test_alpha_one_is_plain_fine_tuning_bit_for_bit(
     workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = kept(FINETUNE)
+    plain = finetune_and_load(FINETUNE)
     add_ingredient(monkeypatch, lambda classifier: WiseFt(classifier, 1.0))
-    assert_equal(kept(FINETUNE), plain)
+    assert_equal(finetune_and_load(FINETUNE), plain)
 
 
 def test_alpha_zero_keeps_the_pretrained_weights_bit_for_bit(
@@ -70,7 +70,7 @@ def test_alpha_zero_keeps_the_pretrained_weights_bit_for_bit(
 ) -> None:
     pretrained = load_pretrained("stories42M.pt").state_dict()
     add_ingredient(monkeypatch, lambda classifier: WiseFt(classifier, 0.0))
-    weights = kept(FINETUNE)
+    weights = finetune_and_load(FINETUNE)
     for name, weight in pretrained.items():
         assert torch.equal(weights[f"llama.{name}"], weight), name
 
@@ -81,11 +81,11 @@ def test_a_resumed_run_mixes_in_the_pretrained_weights(
 ) -> None:
     """Not those that the training had reached when it was interrupted."""
     add_ingredient(monkeypatch, lambda classifier: WiseFt(classifier, 0.5))
-    expected = kept(FINETUNE)
+    expected = finetune_and_load(FINETUNE)
     shutil.rmtree("out")
     assert interrupt(FINETUNE, steps) == 130
     assert main([*FINETUNE, "--resume"]) == 0
-    assert_equal(saved(Path()), expected)
+    assert_equal(load_weights(Path()), expected)
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ class Fixed(nn.Module):
 
 
 def test_small_numbers_do_not_underflow(word_tokenizer: Tokenizer) -> None:
-    """Probabilities far below the smallest float32; what the model always says means nothing."""
+    """Probabilities far below the smallest float32; scores that never change say nothing."""
     model = Fixed([-900.0, -300.0, -1000.0])
     calibrated = calibrate(model, word_tokenizer, PROMPT, CPU)  # type: ignore[arg-type]
     found = calibrated(torch.zeros(2, 4, dtype=torch.long), torch.tensor([4, 2]))

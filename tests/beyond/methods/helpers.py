@@ -59,7 +59,7 @@ def train_steps(method: Method, steps: int = 3, lr: float = 1e-2) -> None:
 
 
 def add_ingredient(monkeypatch: pytest.MonkeyPatch, make: MakeIngredient) -> None:
-    """Let the runs of this test have an ingredient more than their flags ask for."""
+    """Add an ingredient to all runs of this test."""
     build = run_llama.build_method
 
     def build_more(options: FinetuneOptions, *arguments: Any) -> Method:
@@ -70,20 +70,20 @@ def add_ingredient(monkeypatch: pytest.MonkeyPatch, make: MakeIngredient) -> Non
     monkeypatch.setattr(run_llama, "build_method", build_more)
 
 
-def kept(argv: Sequence[str]) -> dict[str, Tensor]:
+def finetune_and_load(argv: Sequence[str]) -> dict[str, Tensor]:
     """Run a command line in an empty folder out/; returns the classifier's weights in out/a.pt."""
     shutil.rmtree("out", ignore_errors=True)
     assert run_llama.main([*argv]) == 0
-    return saved(Path())
+    return load_weights(Path())
 
 
-def saved(folder: Path) -> dict[str, Tensor]:
+def load_weights(folder: Path) -> dict[str, Tensor]:
     """Return the weights of the classifier that a run in a folder has saved."""
     weights: dict[str, Tensor] = read_checkpoint(folder / "out/a.pt")["model"]
     return weights
 
 
-def curve(tag: str, split: str = "train", folder: Path = Path()) -> list[float]:
+def read_curve(tag: str, split: str = "train", folder: Path = Path()) -> list[float]:
     """Return a curve of the one run in a folder's out/, by step."""
     (run,) = (path for path in (folder / "out").iterdir() if path.is_dir())
     events: Any = EventAccumulator(str(run / split)).Reload()
@@ -97,5 +97,5 @@ def assert_close_curves(ours: Path, theirs: Path) -> None:
     weights is smaller than a tolerance.
     """
     for split in ("train", "dev"):
-        found, expected = (curve("loss", split, folder) for folder in (ours, theirs))
+        found, expected = (read_curve("loss", split, folder) for folder in (ours, theirs))
         assert found == pytest.approx(expected, rel=1e-6)
