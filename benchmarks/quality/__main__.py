@@ -51,8 +51,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--stage", action="append", metavar="NAME", help="run this stage only; may be repeated"
     )
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--list", action="store_true", help="print which runs are missing, and end")
-    what.add_argument("--report", action="store_true", help="write the report only")
+    what.add_argument("--list", action="store_true", help="print the missing runs and exit")
+    what.add_argument("--report", action="store_true", help="only write the report again")
     return parser.parse_args(argv)
 
 
@@ -81,13 +81,13 @@ def run_missing(measurement: Measurement, runs: Sequence[Run], estimator: Estima
             with claimed(run):
                 measurement.read_again()
                 if find_result(measurement.results, run):
-                    shutil.rmtree(run.folder)
+                    shutil.rmtree(run.folder, ignore_errors=True)
                     say(f"{title}: done by another process meanwhile")
                     continue
                 measured = finetune(run)
                 with signals_wait():
                     result = measurement.add(run, measured)
-                    shutil.rmtree(run.folder)
+                    shutil.rmtree(run.folder, ignore_errors=True)
         except RunClaimed:
             say(f"{title}: left to another process, which is doing it")
             continue
@@ -125,7 +125,7 @@ def runnable(runs: Sequence[Run], nothing_done: bool) -> list[Run]:
         check_inputs(runs[0])
     problems = Counter(problem for run in runs if (problem := problem_of_inputs(run)))
     for problem, count in problems.items():
-        say(f"note: {count} runs are left out: {problem}")
+        say(f"note: left out, {count} of the runs: {problem}")
     return here
 
 
@@ -136,11 +136,11 @@ def measure(args: argparse.Namespace) -> int:
         say(f"note: {note}")
     stages = choose_stages(measurement.plan, args.stage)
     if args.report:
-        measurement.report()
+        measurement.report_again()
         say(f"wrote {measurement.files.report}")
         return 0
     missing = measurement.missing(stages)
-    nothing_done = len(missing) == len(measurement.different(stages))
+    nothing_done = len(missing) == len(measurement.unique_runs(stages))
     missing = runnable(missing, nothing_done)
     for path in (measurement.files.results, measurement.files.report):
         prepare_output(path)
@@ -152,15 +152,14 @@ def measure(args: argparse.Namespace) -> int:
         for run in runs:
             say(f"  {run.name}")
     if missing:
-        say(f"{len(missing)} different runs{estimator.describe(missing)}")
+        say(f"runs to do in all stages, each once: {len(missing)}{estimator.describe(missing)}")
     if args.list:
         return 0
     failed = run_missing(measurement, missing, estimator)
-    measurement.read_again()
-    measurement.report()
+    measurement.report_again()
     say(f"wrote {measurement.files.report}")
     if failed:
-        say(f"{failed} runs failed; the same command tries them again")
+        say(f"failed runs: {failed}; the same command tries them again")
     return 1 if failed else 0
 
 

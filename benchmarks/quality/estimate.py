@@ -9,12 +9,20 @@ from pathlib import Path
 from benchmarks.quality.results import Result
 from benchmarks.quality.runs import Run, parse_resolved
 from benchmarks.quality.timing import time_steps
+from beyond.options import FinetuneOptions
 from utils import read_lines
 
 METHOD = "earlier runs of the same method"
-OTHERS = "earlier runs of other methods"
+ALIKE = "earlier runs of similar methods"
+# Flags that change the time of a step by more than a few hundredths.
+COSTLY = (
+    *("batch_size", "causal", "dtype", "freeze_backbone", "head", "lora_rank"),
+    *("micro_batch_size", "pool_layer", "r_drop", "smart"),
+)
+Cost = tuple[str | None, ...]
 START = 8.0  # seconds to import PyTorch and load a model
-STEP = "a timed step, as if plain"
+STEP = "timed steps"
+FAILING = "runs that will fail"
 
 
 class Estimator:
@@ -29,7 +37,7 @@ class Estimator:
     def __init__(self, results: Iterable[Result], machine: str, threads: int) -> None:
         self.results = [r for r in results if (r.machine, r.threads) == (machine, threads)]
         self.threads = threads
-        self.timed: dict[tuple[str, str, bool | None], tuple[float, float]] = {}
+        self.timed: dict[tuple[str, str, Cost], tuple[float, float]] = {}
 
     def add(self, result: Result) -> None:
         """Use a result of this machine too."""
@@ -38,18 +46,22 @@ class Estimator:
     def seconds(self, run: Run) -> tuple[float, str]:
         """Return the seconds that a run will take, and what that is estimated from."""
         sentences = run.options.epochs * count_lines(run.options.train)
-        same = [
+        alike = [
             result
             for result in self.results
             if (result.checkpoint_hash, result.data) == (run.checkpoint_hash, run.data)
+            and cost_of(result.flags) == cost_of(run.flags)
         ]
-        of_method = [result for result in same if result.method == run.method]
-        if of_method or same:
-            rate = statistics.median(seconds_per_sentence(r) for r in of_method or same)
-            return rate * sentences, METHOD if of_method else OTHERS
-        key = run.checkpoint, run.data, run.options.causal
+        of_method = [result for result in alike if result.method == run.method]
+        if alike:
+            rate = statistics.median(seconds_per_sentence(r) for r in of_method or alike)
+            return rate * sentences, METHOD if of_method else ALIKE
+        key = run.checkpoint, run.data, cost_of(run.flags)
         if key not in self.timed:
-            self.timed[key] = time_steps(run.options, self.threads)
+            try:
+                self.timed[key] = time_steps(run.options, self.threads)
+            except ValueError:  # a flag does not fit the model; the run itself says so
+                return START, FAILING
         train, evaluate = self.timed[key]
         # Each epoch evaluates train and dev; at the end dev and test are predicted.
         dev, test = count_lines(run.options.dev), count_lines(run.options.test)
@@ -70,9 +82,15 @@ class Estimator:
         return f", about {show_duration(seconds)} (estimated: {origin})"
 
 
+def cost_of(flags: str) -> Cost:
+    """Return what decides the time of a run for each sentence, from its recorded flags."""
+    values = parse_resolved(flags)
+    return tuple(values.get(name) for name in COSTLY)
+
+
 def seconds_per_sentence(result: Result) -> float:
     """Return the seconds of a run for each sentence that it has trained on, evaluation included."""
-    batch_size = int(parse_resolved(result.flags).get("batch_size", 8))
+    batch_size = int(parse_resolved(result.flags).get("batch_size", FinetuneOptions.batch_size))
     return result.seconds / (result.steps * batch_size)
 
 

@@ -26,7 +26,7 @@ NORMAL_QUANTILE = 1.959964
 
 @dataclass(frozen=True)
 class Difference:
-    """A method's mean difference to the baseline.
+    """A method's mean difference from the baseline.
 
     Attributes:
         values: by seed, in the order of the seeds.

@@ -26,7 +26,7 @@ from benchmarks.quality.tables import make_tables
 from utils import lock_results
 
 DEFAULT_PLAN = Path(__file__).with_name("plan.toml")
-LOCK_TRIES, LOCK_PAUSE = 100, 0.1  # seconds between two tries; writing takes far less than all
+LOCK_TRIES, LOCK_PAUSE = 100, 0.1  # tries, and seconds between two; writing takes far less
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Measurement:
                     "lines"
                 )
 
-    def different(self, stages: Sequence[str]) -> list[Run]:
+    def unique_runs(self, stages: Sequence[str]) -> list[Run]:
         """Return the runs of some stages, each once, in their order."""
         chosen: dict[Run, Run] = {}
         for stage in stages:
@@ -109,8 +109,8 @@ class Measurement:
         return list(chosen.values())
 
     def missing(self, stages: Sequence[str]) -> list[Run]:
-        """Return those of the different runs that have no result."""
-        return [run for run in self.different(stages) if find_result(self.results, run) is None]
+        """Return those of the runs that have no result."""
+        return [run for run in self.unique_runs(stages) if find_result(self.results, run) is None]
 
     def add(self, run: Run, measured: Measured) -> Result:
         """Add the result of a run that has ended, and write the report again."""
@@ -124,13 +124,21 @@ class Measurement:
         )
         with waiting_lock(self.files.results):
             add_result(self.files.results, result)
-            self.read_again()
-            self.report()
+            self._report_again()
         return result
 
     def read_again(self) -> None:
         """Read the results again, since another process may have added some."""
         self.results = read_results(self.files.results)
+
+    def report_again(self) -> None:
+        """Write the report of all results that there are now."""
+        with waiting_lock(self.files.results):
+            self._report_again()
+
+    def _report_again(self) -> None:
+        self.read_again()
+        self.report()
 
     def report(self) -> None:
         """Write the report and its picture."""

@@ -1,6 +1,6 @@
 """The picture: for each method a dot per seed and the interval of the mean, as an SVG file.
 
-The horizontal axis is the difference to the baseline in accuracy, so the line at 0 is the baseline.
+The horizontal axis is the difference in accuracy from the baseline, which is the line at 0.
 """
 
 import html
@@ -15,9 +15,9 @@ LABEL_WIDTH, PLOT_WIDTH, MARGIN = 190, 480, 24
 ROW, HEAD, FOOT = 26, 44, 40  # heights: of a method, above a panel, and of its axis
 FONT = "font-family='system-ui, sans-serif'"
 COLOURS = {"dev": "#084081", "test": "#c2410c"}
-LEAST_RANGE = 0.02  # of the axis, so that differences of no size do not look large
+LEAST_RANGE = 0.02  # of the axis, so that tiny differences do not look large
 LEGEND = (
-    "Difference in accuracy to the baseline. Dots: seeds. Diamond: their mean.",
+    "Difference in accuracy from the baseline. Dots: seeds. Diamond: their mean.",
     "Line: 95% interval of the mean; without an end bar it extends beyond the plot.",
 )
 Panel = tuple[str, str, list[tuple[str, Difference | None]]]  # title, split, methods
@@ -95,9 +95,10 @@ def draw_panel(panel: Panel) -> Iterator[str]:
 
 
 def axis_range(differences: Sequence[Difference]) -> tuple[float, float]:
-    """Return the ends of the axis: all dots and 0, and of wide intervals at most twice as much.
+    """Return the ends of the axis: all dots and 0, and what fits of the intervals.
 
-    With two seeds an interval may be ten times as wide as the dots are apart.
+    Intervals make the axis at most twice as long: with few seeds one may be much wider than the
+    dots are apart.
     """
     dots = [value for difference in differences for value in (*difference.values, 0.0)]
     low, high = min(dots), max(dots)

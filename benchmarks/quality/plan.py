@@ -45,7 +45,7 @@ NAME_LENGTH = 40  # characters
 # What a run gets from the plan, so that no flag may set it.
 OF_THE_PLAN = {"option", "dataset", "train", "dev", "test", "label_names", "seed", "seeds"}
 OF_THE_PLAN |= {"pretrained_model_path", "filepath", "dev_out", "test_out", "resume"}
-OF_THE_PLAN |= {"threads", "use_gpu", "save_every", "help", "h"}
+OF_THE_PLAN |= {"tokenizer_path", "threads", "use_gpu", "save_every", "help", "h"}
 
 
 @dataclass(frozen=True)

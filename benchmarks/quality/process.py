@@ -22,8 +22,8 @@ from beyond.options import record_path, training_checkpoint
 from utils import lock_results, open_atomically, read_lines
 
 RUN_LLAMA = Path(__file__).parent.parent.parent / "run_llama.py"
-POLL, SAVE = 0.2, 10.0  # seconds between two looks at the process, and between two notes of them
-LOCKED_TRIES = 60  # seconds to wait for the process of a run whose harness was killed
+POLL, SAVE = 0.2, 10.0  # seconds between two looks at the process, and two writes of usage.json
+LOCKED_TRIES = 60  # 1 s apart, while the process of a killed measurement still ends
 CANNOT_RESUME = ("cannot resume", "cannot be read", "other settings", "checkpoint")  # in messages
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -63,7 +63,7 @@ class Usage:
 
     @classmethod
     def read(cls, path: Path) -> "Usage":
-        """Read what an earlier process has used; nothing if there is no such file."""
+        """Read what earlier processes have used; zeros if the file is missing or damaged."""
         try:
             noted = json.loads(path.read_bytes())
             return cls(str(noted["commit"]), float(noted["seconds"]), float(noted["memory_mib"]))
@@ -76,7 +76,7 @@ class Usage:
             json.dump(asdict(self), file)
 
     def note_memory(self, peak: float | None) -> None:
-        """Take over a peak, in MiB, if it is known and the highest so far."""
+        """Raise the peak, in MiB, to this one if it is known and higher."""
         if peak is not None:
             self.memory_mib = peak if math.isnan(self.memory_mib) else max(peak, self.memory_mib)
 
@@ -92,6 +92,8 @@ def claimed(run: Run) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             stack.enter_context(lock_results([run.folder / "usage.json"], lambda note: None))
+        except FileNotFoundError:  # another process has ended the run and deletes its folder
+            raise RunClaimed from None
         except OSError as error:
             if "is writing this file" not in str(error):
                 raise
@@ -118,6 +120,8 @@ def finetune(run: Run) -> Measured:
             time.sleep(1)
         elif status == 2 and resumed and is_about_resuming(message, state):
             state.unlink()  # the program has changed since, so the run starts again
+        elif status < 0:
+            raise RunFailed(f"killed by {signal.Signals(-status).name}")
         else:
             raise RunFailed(message or f"ended with status {status}")
     raise RunFailed(message)
@@ -146,6 +150,7 @@ def run_process(run: Run, resume: bool) -> tuple[int, str]:
     argv = [sys.executable, str(RUN_LLAMA), *run.argv(), *(["--resume"] if resume else [])]
     mode = "ab" if resume else "wb"
     with out.open(mode) as out_file, err.open(mode) as err_file:
+        start = err_file.tell()
         # In a session of its own, so that Ctrl-C reaches it by way of this program only.
         process = subprocess.Popen(
             argv,
@@ -163,7 +168,7 @@ def run_process(run: Run, resume: bool) -> tuple[int, str]:
             raise
         finally:
             usage.write(notes)
-    return process.returncode, last_line(err)
+    return process.returncode, last_line(err, start)
 
 
 def watch(process: subprocess.Popen[bytes], usage: Usage, save: Callable[[], None]) -> None:
@@ -190,9 +195,14 @@ def end_with_parent() -> None:
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def last_line(err: Path) -> str:
-    """Return the last line of standard error, without the program's name and progress bars."""
-    text = err.read_bytes().decode("utf-8", "replace")
+def last_line(err: Path, start: int = 0) -> str:
+    """Return the last line of standard error, without the program's name and progress bars.
+
+    Args:
+        err: the file that has it.
+        start: the byte from which to read, since earlier processes may have written to it.
+    """
+    text = err.read_bytes()[start:].decode("utf-8", "replace")
     lines = [line.strip() for line in re.split("[\r\n]+", text)]
     lines = [line for line in lines if line and "it/s" not in line and "s/it" not in line]
     return lines[-1].removeprefix("run_llama.py: ").removeprefix("error: ") if lines else ""

@@ -8,7 +8,7 @@ from benchmarks.quality.intervals import Difference, deviation
 from benchmarks.quality.picture import draw
 from benchmarks.quality.plan import Plan, Stage
 from benchmarks.quality.results import Result
-from benchmarks.quality.tables import Row, Table
+from benchmarks.quality.tables import Row, Table, median_of_known
 from utils import open_atomically
 
 HEAD = """\
@@ -19,9 +19,10 @@ Measured by `{command}`, which also writes this file. Each run is one
 and checkpoint. Choices between methods are never made on test.
 
 - *dev*, *test*: mean accuracy of the best epoch on dev, and the standard deviation over the seeds.
-- *to ...*: the mean difference to that method, with its 95% interval in brackets. Runs with the
-  same seed are compared (paired t interval); fewer than three seeds give none. The interval says
-  what other seeds would give. Other sentences would differ too: the standard error of an accuracy
+- *vs. ...*: the mean difference from that method, with its 95% interval in brackets. Runs with the
+  same seed are compared (paired t interval); fewer than three seeds give none. Only seeds that both
+  methods have count, so the difference may not be that of the means. The interval says what other
+  seeds would give. Other sentences would differ too: the standard error of an accuracy
   of .4 is .015 on the 1,101 dev sentences of SST.
 - *plain* has no flags: the assignment's head, learning rate (2e-5), epochs (five) and optimizer, 8
   sentences per batch, and the mode that the checkpoint says, which is causal for all but the
@@ -64,7 +65,7 @@ def lines(
     yield from HEAD.format(command=command, results=results.name).split("\n")
     yield describe_origin(used)
     if used:
-        yield from ("", f"![Differences to the baseline, by method and seed]({picture})")
+        yield from ("", f"![Differences from the baseline, by method and seed]({picture})")
     for stage in plan.stages:
         yield from ("", f"## {stage.name}", "", describe_stage(stage))
         for table in tables:
@@ -121,7 +122,7 @@ def table_lines(table: Table) -> Iterator[str]:
     """Yield the lines of a table."""
     heads = ["method", "seeds"]
     for split in table.splits:
-        heads += [split, *(f"to {name}" for name in compared(table))]
+        heads += [split, *(f"vs. {name}" for name in compared(table))]
     heads += ["time", "memory"]
     yield f"| {' | '.join(heads)} |"
     yield "|---" * len(heads) + "|"
@@ -151,14 +152,12 @@ def cells(row: Row, table: Table) -> Iterator[str]:
             yield "" if row.method == name or not done else show_difference(difference)
     ratios = (row.ratio(lambda r: r.seconds), row.ratio(lambda r: r.memory_mib))
     if is_baseline and done:
-        seconds, memory = (
-            statistics.median(getattr(result, name) for result in row.results.values())
-            for name in ("seconds", "memory_mib")
-        )
-        yield from (f"{seconds:.0f} s", f"{memory:.0f} MiB")
+        results = row.results.values()
+        memory = median_of_known(result.memory_mib for result in results)
+        yield f"{statistics.median(result.seconds for result in results):.0f} s"
+        yield "" if memory is None else f"{memory:.0f} MiB"
     else:
-        # A ratio of unknown memory is NaN.
-        yield from ("" if r is None or r != r else f"{r:.2f}x" for r in ratios)
+        yield from ("" if ratio is None else f"{ratio:.2f}x" for ratio in ratios)
 
 
 def show_scores(scores: Sequence[float]) -> str:

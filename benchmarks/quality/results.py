@@ -52,8 +52,8 @@ TYPES = [f.type for f in fields(Result)]
 def is_result_of(result: Result, run: Run) -> bool:
     """Return whether a result is that of a run.
 
-    What makes them the same is what decides the accuracy: checkpoint, data, lines, method, flags
-    and seed. Commit, machine and threads are recorded, but another commit, such as one that
+    They match if everything that decides the accuracy is equal: checkpoint, data, lines, method,
+    flags and seed. Commit, machine and threads are recorded, but another commit, such as one that
     changes a comment, does not ask for all runs again. To repeat a run, delete its line. Values
     that need a missing file are not compared.
     """
@@ -67,7 +67,7 @@ def is_result_of(result: Result, run: Run) -> bool:
 
 
 def has_names_of(result: Result, run: Run) -> bool:
-    """Return whether the plan calls a result and a run the same, but for the seed."""
+    """Return whether a result has a run's names: checkpoint, data, training lines and method."""
     names = ("checkpoint", "data", "train_lines", "method")
     return all(getattr(result, name) == getattr(run, name) for name in names)
 
@@ -120,10 +120,14 @@ def parse_row(row: Sequence[str], where: str) -> Result:
         except ValueError:
             raise ValueError(f"{where}: {name}: expected a number, found {cell!r}") from None
     result = Result(*values)
-    if not 0 <= result.dev <= 1 or (result.has_test and not 0 <= result.test <= 1):
-        raise ValueError(f"{where}: an accuracy is not in [0, 1]")
-    if not result.seconds > 0:
-        raise ValueError(f"{where}: seconds: expected a number above 0, found {result.seconds}")
+    for name in ("dev", "test") if result.has_test else ("dev",):
+        if not 0 <= getattr(result, name) <= 1:
+            found = getattr(result, name)
+            raise ValueError(f"{where}: {name}: expected an accuracy from 0 to 1, found {found}")
+    for name in ("seconds", "steps", "memory_mib"):
+        value = getattr(result, name)
+        if value <= 0 or (math.isnan(value) and name != "memory_mib"):
+            raise ValueError(f"{where}: {name}: expected a number above 0, found {value}")
     return result
 
 

@@ -6,7 +6,6 @@ import random
 import shlex
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
-from functools import cache
 from pathlib import Path
 
 from benchmarks.quality.plan import Checkpoint, Plan, Stage
@@ -111,7 +110,10 @@ def make_run(plan: Plan, stage: Stage, checkpoint: str, data: str, method: str) 
             f"{plan.path}: stage {stage.name}: {checkpoint}, {data}, {method}: {error}"
         ) from None
     assert isinstance(options, FinetuneOptions)
-    write_subset(stage, data, options.train)
+    try:
+        write_subset(stage, data, options.train)
+    except ValueError as error:
+        raise ValueError(f"{plan.path}: {error}") from None
     model_here = all(Path(path).exists() for path in options.input_files[:1])
     files = [options.label_names, options.train, options.dev]
     data_here = all(map(is_file, files))
@@ -210,7 +212,9 @@ def write_subset(stage: Stage, data: str, path: str) -> None:
         return
     lines, count = read_lines(source), stage.train_lines
     if count > len(lines):
-        raise ValueError(f"train_lines = {count}: {source} has {len(lines)} lines")
+        raise ValueError(
+            f"stage {stage.name}: train_lines = {count}: {source} has only {len(lines)} lines"
+        )
     chosen = list(range(count))
     if stage.subset_seed is not None:
         chosen = sorted(random.Random(stage.subset_seed).sample(range(len(lines)), count))
@@ -243,13 +247,11 @@ def is_file(path: str) -> bool:
     return Path(path).is_file()
 
 
-@cache
 def hash_model(path: str) -> str:
     """Return the first digits of a checkpoint's SHA-256."""
     return model_fingerprint(path)[:DIGITS]
 
 
-@cache
 def hash_files(paths: tuple[str, ...]) -> str:
     """Return the first digits of a SHA-256 of files."""
     joined = "".join(fingerprint(path) for path in paths)

@@ -1,7 +1,8 @@
-"""What is known of each method of a stage: the rows of the report's tables and pictures."""
+"""The rows of the report's tables and picture: the results of each method of a stage."""
 
+import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from benchmarks.quality.intervals import Difference, paired_difference
@@ -52,7 +53,7 @@ class Row:
             for seed, result in self.results.items()
             if seed in self.baseline and same_machine(result, self.baseline[seed])
         ]
-        return statistics.median(ratios) if ratios else None
+        return median_of_known(ratios)
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,12 @@ class Table:
     def title(self) -> str:
         """Return what the table is about."""
         return f"{self.checkpoint} on {self.data}"
+
+
+def median_of_known(values: Iterable[float]) -> float | None:
+    """Return the median of the values that are not NaN, or None if there are none."""
+    known = [value for value in values if not math.isnan(value)]
+    return statistics.median(known) if known else None
 
 
 def same_machine(a: Result, b: Result) -> bool:

@@ -8,25 +8,27 @@ from collections.abc import Sequence
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from beyond.methods.checkpoints import input_tokenizer
+from beyond.methods.method import build_method
 from beyond.options import FinetuneOptions
 from beyond.runtime import load_model
 from classifier import ClassifierConfig, LlamaEmbeddingClassifier
 from optimizer import AdamW
-from run_llama import classification_loss
+from run_llama import build_prompt_suffix, classification_loss
 from utils import parse_example, read_label_names, read_lines
 
 ROUNDS, ENOUGH = 3, 5.0  # repetitions, and seconds after which there is no further one
 
 
 def time_steps(options: FinetuneOptions, threads: int) -> tuple[float, float]:
-    """Time a plain training step and an evaluation of its sentences.
+    """Time a training step and an evaluation of its sentences.
 
     In reference mode the sentences are taken from all over the training file. In causal mode, which
     groups sentences by length, they are some of average length. Of up to `ROUNDS` repetitions,
     after one to warm up, the fastest counts, since other programs may disturb them.
 
     Args:
-        options: of a run; flags that change how it trains are left out.
+        options: of a run.
         threads: CPU threads of PyTorch.
 
     Returns:
@@ -36,6 +38,14 @@ def time_steps(options: FinetuneOptions, threads: int) -> tuple[float, float]:
     with contextlib.redirect_stdout(io.StringIO()):
         llama, tokenizer, runtime = load_model(options, options.dropout)
     rows = min(options.batch_size, options.micro_batch_size or options.batch_size)
+    label_names = read_label_names(options.label_names)
+    path, dropout = str(options.pretrained_model_path), options.hidden_dropout_prob
+    config = ClassifierConfig(len(label_names), path, dropout, option="finetune")
+    classifier = LlamaEmbeddingClassifier(config, llama, label_names, tokenizer)
+    prompt = build_prompt_suffix(label_names)
+    method = build_method(options, classifier, classification_loss, prompt).train()
+    tokenizer = input_tokenizer(method.classifier, tokenizer)
+    optimizer = AdamW(method.parameter_groups(), lr=options.lr)
     lines = read_lines(options.train)
     numbers = choose_lines(lines, min(rows, len(lines)), by_length=runtime.causal)
     examples = [parse_example(lines[i], options.train, i + 1) for i in numbers]
@@ -44,22 +54,21 @@ def time_steps(options: FinetuneOptions, threads: int) -> tuple[float, float]:
     tokens = pad_sequence([torch.tensor(ids) for ids in encoded], True, tokenizer.pad_id)
     lengths = torch.tensor([len(ids) for ids in encoded])
     labels = torch.tensor([label for label, _ in examples])
-    num_labels = len(read_label_names(options.label_names))
-    config = ClassifierConfig(num_labels, "", options.hidden_dropout_prob, option="finetune")
-    model = LlamaEmbeddingClassifier(config, llama).train()
-    optimizer = AdamW(model.parameters(), lr=0.0)
 
     def train() -> None:
+        method.begin_step(0, 1)
         optimizer.zero_grad()
         with runtime.autocast():
-            loss = classification_loss(model(tokens, lengths), labels)
+            loss = method(tokens, lengths, labels, torch.tensor(numbers))
         loss.backward()
+        method.before_update(optimizer)
         optimizer.step()
+        method.after_update()
 
     @torch.inference_mode()
     def evaluate() -> None:
         with runtime.autocast():
-            model(tokens, lengths)
+            method.classifier.eval()(tokens, lengths)
 
     seconds = []
     for work in (train, evaluate):

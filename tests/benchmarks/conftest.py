@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.quality.plan import Plan, read_plan
 from benchmarks.quality.results import Result
-from benchmarks.quality.runs import Run, hash_files, hash_model, list_runs
+from benchmarks.quality.runs import Run, list_runs
 
 PLAN = """
 threads = 1
@@ -48,8 +48,6 @@ seeds = [1, 2, 3]
 @pytest.fixture
 def place(workplace: Path) -> Path:
     """The current folder of a measurement: a checkpoint, two data sets, and a plan."""
-    hash_files.cache_clear()
-    hash_model.cache_clear()
     for path in workplace.glob("data/cfimdb-*"):
         name = path.name.replace("cfimdb", "sst")
         (path.parent / name).write_bytes(path.read_bytes())

@@ -7,6 +7,7 @@ import torch
 
 from benchmarks.deepen import deepen, main
 from beyond.formats.load import load_llama
+from tests.beyond.runs import assert_equal
 from tests.conftest import make_llama, save_llama
 
 
@@ -22,13 +23,13 @@ def test_the_deeper_model_gives_the_same_logits(n_layers: int, tied: bool) -> No
 
 
 def test_the_new_layers_follow_the_old_ones_evenly() -> None:
-    deeper = deepen(make_llama(n_layers=2, causal=True), 5)
-    new = [not layer.feed_forward.w2.weight.any() for layer in deeper.layers]
-    assert new == [not layer.attention.compute_output.weight.any() for layer in deeper.layers]
-    assert new == [False, True, False, True, True]
-    first, second = (layer.feed_forward.w1.weight for layer in deeper.layers[1:3])
-    assert torch.equal(deeper.layers[0].feed_forward.w1.weight, first)
-    assert not torch.equal(first, second)
+    weights = deepen(make_llama(n_layers=2, causal=True), 5).state_dict()
+    for name in ("attention.compute_output", "feed_forward.w2"):
+        is_new = [not weights[f"layers.{i}.{name}.weight"].any() for i in range(5)]
+        assert is_new == [False, True, False, True, True]
+    inner = [weights[f"layers.{i}.feed_forward.w1.weight"] for i in range(5)]
+    equal = [torch.equal(inner[i], inner[i + 1]) for i in range(4)]
+    assert equal == [True, False, True, True]
 
 
 def test_all_weights_of_the_new_layers_learn_within_two_steps() -> None:
@@ -49,6 +50,7 @@ def test_the_command_writes_the_model(workplace: Path, capsys: pytest.CaptureFix
     assert main(["two.pt", "3", "new/three.pt"]) == 0
     deeper = load_llama("new/three.pt")
     assert deeper.config == deepen(llama, 3).config
+    assert_equal(dict(deeper.state_dict()), dict(deepen(llama, 3).state_dict()))
     parameters = sum(weight.numel() for weight in deeper.parameters())
     assert capsys.readouterr().out == f"new/three.pt: {parameters:,} parameters\n"
 
@@ -61,6 +63,7 @@ def test_the_command_writes_the_model(workplace: Path, capsys: pytest.CaptureFix
         (["two.pt", "x", "new.pt"], "argument N_LAYERS: expected a whole number, found 'x'"),
         (["two.pt", "3"], "the following arguments are required: TARGET"),
         (["two.pt", "3", "."], ".: cannot be written"),
+        (["two.pt", "3", "./two.pt"], "./two.pt: is the model itself; choose another name"),
     ],
 )
 def test_a_wrong_input_is_one_line(
@@ -68,6 +71,6 @@ def test_a_wrong_input_is_one_line(
 ) -> None:
     save_llama(make_llama(n_layers=2, causal=True), Path("two.pt"))
     assert main(arguments) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
+    (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith("python -m benchmarks.deepen: error: ") and message in error
     assert not Path("new.pt").exists()

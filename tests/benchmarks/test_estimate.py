@@ -1,10 +1,15 @@
 """Estimates of time: what is timed, and how durations are shown."""
 
-import pytest
+from collections import Counter
+from typing import Any
 
-from benchmarks.quality.estimate import seconds_per_sentence, show_duration
+import pytest
+from torch import Tensor
+
+from benchmarks.quality.estimate import cost_of, seconds_per_sentence, show_duration
 from benchmarks.quality.plan import Plan
 from benchmarks.quality.timing import choose_lines, time_steps
+from llama import Llama
 from tests.benchmarks.conftest import make_result, runs_of
 
 
@@ -33,11 +38,29 @@ def test_lines_to_time_are_typical_of_the_batches() -> None:
     assert choose_lines(lines[:2], 2, by_length=True) == [0, 1]
 
 
-@pytest.mark.parametrize("stage", ["screen", "full"])
-def test_a_step_is_timed_for_each_mode(plan: Plan, stage: str) -> None:
-    for run in runs_of(plan, stage):
-        train, evaluate = time_steps(run.options, threads=1)
-        assert 0 < train < 10 and 0 < evaluate < 10  # of a tiny model
+@pytest.mark.parametrize(("method", "passes"), [("plain", 1), ("better", 2)])
+def test_the_steps_of_a_method_are_timed(
+    plan: Plan, method: str, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R-Drop, a part of better, computes each row twice in training."""
+    run = next(run for run in runs_of(plan, "full") if run.method == method)
+    calls = Counter[bool]()
+    compute_hidden = Llama.compute_hidden
+
+    def count(self: Llama, *args: Any, **kwargs: Any) -> Tensor:
+        calls[self.training] += 1
+        return compute_hidden(self, *args, **kwargs)
+
+    monkeypatch.setattr(Llama, "compute_hidden", count)
+    train, evaluate = time_steps(run.options, threads=1)
+    assert 0 < train < 10 and 0 < evaluate < 10  # of a tiny model
+    assert calls[True] == passes * calls[False] > 0
+
+
+def test_runs_are_alike_if_a_step_takes_the_same_time() -> None:
+    assert cost_of("causal=True lr=0.1 pooling=mean") == cost_of("causal=True lr=0.2 warmup=0.1")
+    for other in ("causal=False", "causal=True r_drop=1.0", "causal=True dtype=bfloat16"):
+        assert cost_of(other) != cost_of("causal=True")
 
 
 def test_seconds_per_sentence_are_those_of_the_steps(plan: Plan) -> None:

@@ -93,7 +93,14 @@ def test_the_committed_plan_is_valid(monkeypatch: pytest.MonkeyPatch) -> None:
                 f'plain = "{flag}"',
                 f"methods.plain: {flag.split()[0]}: the plan sets this itself; leave it out",
             )
-            for flag in ("--seed 3", "--test=x", "--pretrained_model_path x", "--use-gpu", "-h")
+            for flag in (
+                "--seed 3",
+                "--test=x",
+                "--pretrained_model_path x",
+                "--use-gpu",
+                "-h",
+                "--tokenizer_path x",
+            )
         ),
     ],
 )

@@ -11,11 +11,13 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,13 +29,14 @@ import benchmarks.quality.process
 import run_llama
 from benchmarks.quality.__main__ import main
 from benchmarks.quality.plan import Plan
-from benchmarks.quality.process import RunFailed, Usage, claimed
+from benchmarks.quality.process import RunClaimed, RunFailed, Usage, claimed
 from benchmarks.quality.results import Result, add_result, current_commit, read_results
-from benchmarks.quality.runs import Run, hash_model
+from benchmarks.quality.runs import Run
 from beyond.interrupts import Interrupted
 from tests.benchmarks.conftest import make_result, runs_of
 from tests.beyond.runs import interrupt
 from tests.conftest import ROOT, make_llama, save_llama
+from utils import lock_results
 
 CSV, REPORT = Path("plan.csv"), Path("plan.md")
 PLAN = ["--plan", "plan.toml"]
@@ -63,12 +66,10 @@ def started(place: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return argvs
 
 
-def measure(
-    capsys: pytest.CaptureFixture[str], *argv: str, plan: bool = True
-) -> tuple[int, list[str], str]:
+def measure(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, list[str], str]:
     """Run a command line; returns its status, the lines that it printed, and its errors."""
     capsys.readouterr()
-    status = main([*(PLAN if plan else []), *argv])
+    status = main([*PLAN, *argv])
     out, err = capsys.readouterr()
     return status, out.splitlines(), err
 
@@ -81,7 +82,7 @@ def test_missing_runs_are_run_once(
 ) -> None:
     status, out, err = measure(capsys, "--stage", "screen")
     assert status == 0, err
-    estimate = r", about [\d.]+ s \(estimated: 4 from a timed step, as if plain\)"
+    estimate = r", about [\d.]+ s \(estimated: 4 from timed steps\)"
     assert re.fullmatch("stage screen: 4 of 4 runs to do" + estimate, out[0])
     assert out[1:5] == [
         "  tiny, sst, plain, seed 1",
@@ -89,7 +90,7 @@ def test_missing_runs_are_run_once(
         "  tiny, sst, plain, seed 2",
         "  tiny, sst, mean, seed 2",
     ]
-    assert re.fullmatch("4 different runs" + estimate, out[5])
+    assert re.fullmatch("runs to do in all stages, each once: 4" + estimate, out[5])
     assert re.fullmatch(
         r"run 2 of 4: tiny, sst, mean, seed 1 \(about [\d.]+ \w+; the last one ends about "
         r"\w{3} \d\d:\d\d\)",
@@ -151,9 +152,10 @@ def test_runs_that_fail_do_not_stop_the_others(
     changed('mean = "--pooling mean --lr 1e-2"', 'mean = "--lora_rank 5000"')
     status, out, _ = measure(capsys, "--stage", "screen")
     assert status == 1 and len(started) == 4
+    assert out[0].endswith("2 from timed steps; 2 from runs that will fail)")
     failed = [line for line in out if "failed" in line]
     assert failed[0].startswith("run 2 of 4: failed: --lora_rank 5000")
-    assert failed[-1] == "2 runs failed; the same command tries them again"
+    assert failed[-1] == "failed runs: 2; the same command tries them again"
     assert [result.method for result in read_results(CSV)] == ["plain", "plain"]
     assert "| mean | 0 of 2 | not measured |" in REPORT.read_text()
 
@@ -164,7 +166,7 @@ def test_listing_and_reporting_run_nothing(
     status, out, _ = measure(capsys, "--list")
     assert status == 0 and not CSV.exists() and not REPORT.exists()
     assert out[0].startswith("stage screen: 4 of 4 runs to do, about ")
-    assert out[-1].startswith("16 different runs, about ")
+    assert out[-1].startswith("runs to do in all stages, each once: 16, about ")
     Path("stories42M.pt").unlink()
     status, out, _ = measure(capsys, "--report")
     assert (status, out) == (0, ["wrote plan.md"])
@@ -208,7 +210,6 @@ def test_another_checkpoint_has_no_results_yet(
     for run in runs:
         add_result(CSV, make_result(run, 0.5, 0.4))
     save_llama(make_llama(causal=False, n_layers=3), Path("stories42M.pt"))
-    hash_model.cache_clear()
     status, out, err = measure(capsys, "--stage", "full", "--list")
     assert status == 0, err
     assert out[0].startswith("note: 12 of 12 results in plan.csv do not belong to this plan")
@@ -224,9 +225,9 @@ def test_a_checkpoint_without_its_tokenizer_is_left_out(
     text = Path("plan.toml").read_text()
     Path("plan.toml").write_text(text.replace('["tiny"]', '["tiny", "other"]'))
     status, out, err = measure(capsys, "--list")
-    assert status == 0 and out[0].startswith("note: 16 runs are left out: other/tokenizer.model"), (
-        err
-    )
+    assert status == 0 and out[0].startswith(
+        "note: left out, 16 of the runs: other/tokenizer.model"
+    ), err
     assert measure(capsys, "--report")[0] == 0
 
 
@@ -237,7 +238,7 @@ def test_runs_whose_files_are_missing_are_left_out(
     changed("[data]", 'large = { path = "large.pt" }\n\n[data]')
     text = Path("plan.toml").read_text()
     Path("plan.toml").write_text(text.replace('["tiny"]', '["tiny", "large"]', 1))
-    note = "note: 4 runs are left out: large.pt: No such file or directory"
+    note = "note: left out, 4 of the runs: large.pt: No such file or directory"
     status, out, err = measure(capsys, "--stage", "screen", "--list")
     assert status == 0, err
     assert out[0] == note and out[1].startswith("stage screen: 4 of 8 runs to do")
@@ -264,28 +265,28 @@ def test_estimates_come_from_earlier_runs_on_this_machine(
     add_result(CSV, make_result(plain, 0.5, **here))
     out = measure(capsys, "--stage", "screen", "--list")[1]
     assert out[-1] == (
-        "3 different runs, about 2.5 min (estimated: 2 from earlier runs of other methods; 1 from "
-        "earlier runs of the same method)"
+        "runs to do in all stages, each once: 3, about 2.5 min (estimated: 2 from earlier runs of "
+        "similar methods; 1 from earlier runs of the same method)"
     )
     add_result(CSV, make_result(mean, 0.5, **{**here, "seconds": 900.0}))
     out = measure(capsys, "--stage", "screen", "--list")[1]
-    assert (
-        out[-1]
-        == "2 different runs, about 9.2 min (estimated: 2 from earlier runs of the same method)"
+    assert out[-1] == (
+        "runs to do in all stages, each once: 2, about 9.2 min (estimated: 2 from earlier runs of "
+        "the same method)"
     )
     for other in ({"machine": "another"}, {"threads": 3}):
         CSV.unlink()
         add_result(CSV, make_result(plain, 0.5, **{**here, **other}))
         out = measure(capsys, "--stage", "screen", "--list")[1]
-        assert out[-1].endswith("(estimated: 3 from a timed step, as if plain)")
+        assert out[-1].endswith("(estimated: 3 from timed steps)")
 
 
 # ----------------------------------------------------------------------------------------- mistakes
 
 
-def refused(capsys: pytest.CaptureFixture[str], *argv: str, plan: bool = True) -> str:
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     """Run a command line that is refused before any run; returns its error."""
-    status, _, err = measure(capsys, *argv, plan=plan)
+    status, _, err = measure(capsys, *argv)
     assert status == 2 and err.count("\n") == 1 and not REPORT.exists()
     return err.removeprefix("python -m benchmarks.quality: error: ").rstrip("\n")
 
@@ -305,7 +306,7 @@ def test_mistakes_are_found_before_any_run(
     assert "stage full: seeds: expected a whole number" in refused(capsys)
     changed('path = "stories42M.pt"', 'path = "none.pt"')
     assert refused(capsys).startswith("none.pt: ")
-    changed("threads = 1", "threads = 1")
+    changed("threads = 1", "threads = 1")  # the plan as it was
     CSV.write_text("x\n")
     assert refused(capsys).startswith("plan.csv:1: expected the columns")
     CSV.unlink()
@@ -364,6 +365,37 @@ def test_another_error_of_a_resumed_run_keeps_its_training_checkpoint(
         with pytest.raises(RunFailed, match=message):
             benchmarks.quality.process.finetune(run)
         assert state.exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the script stands for a killed program")
+def test_a_resumed_run_that_is_killed_says_so(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not how the process before it ended."""
+    script = tmp_path / "killed.py"
+    script.write_text("import os\nos.kill(os.getpid(), 9)\n")
+    monkeypatch.setattr(benchmarks.quality.process, "RUN_LLAMA", script)
+    run = runs_of(plan, "screen")[0]
+    run.folder.mkdir(parents=True)
+    (run.folder / "classifier.pt.state").touch()
+    (run.folder / "err.txt").write_text("run_llama.py: interrupted\n")
+    with pytest.raises(RunFailed, match="^killed by SIGKILL$"):
+        benchmarks.quality.process.finetune(run)
+
+
+def test_a_folder_that_another_process_deletes_is_its_run(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends the run after this process has made the folder, and before it locks a file there."""
+    run = runs_of(plan, "screen")[0]
+
+    def lock(*arguments: Any) -> AbstractContextManager[None]:
+        shutil.rmtree(run.folder)
+        return lock_results(*arguments)
+
+    monkeypatch.setattr(benchmarks.quality.process, "lock_results", lock)
+    with pytest.raises(RunClaimed), benchmarks.quality.process.claimed(run):
+        pass
 
 
 def test_another_resolution_of_the_recipe_is_no_result(plan: Plan) -> None:

@@ -1,7 +1,9 @@
 """The report: its tables follow from the results, by figures that are worked out by hand."""
 
+import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,6 @@ import pytest
 from benchmarks.quality.measurement import DEFAULT_PLAN, Files, Measurement
 from benchmarks.quality.plan import Plan, read_plan
 from benchmarks.quality.results import Result
-from benchmarks.quality.runs import hash_files, hash_model
 from tests.benchmarks.conftest import make_result, runs_of
 from tests.conftest import ROOT
 
@@ -45,13 +46,13 @@ def test_a_table_has_means_differences_and_costs(plan: Plan) -> None:
         results.append(make_result(run, dev, test, **values))
     tables = report_of(results)
     assert tables["full: tiny on sst"] == [
-        "| method | seeds | dev | to plain | test | to plain | time | memory |",
+        "| method | seeds | dev | vs. plain | test | vs. plain | time | memory |",
         "| plain | 3 | .500 ± .000 |  | .400 ± .000 |  | 200 s | 400 MiB |",
         "| better | 3 | .520 ± .020 | +.020 [-.030, +.070] | .410 ± .000 | +.010 [+.010, +.010] "
         "| 1.50x | 1.50x |",
     ]
     assert tables["full: tiny on cfimdb"] == [
-        "| method | seeds | dev | to plain | time | memory |",
+        "| method | seeds | dev | vs. plain | time | memory |",
         "| plain | 3 | .500 ± .000 |  | 200 s | 400 MiB |",
         "| better | 3 | .520 ± .020 | +.020 [-.030, +.070] | 1.50x | 1.50x |",
     ]
@@ -70,11 +71,25 @@ def test_a_stage_with_another_baseline_is_compared_with_plain_too(changed: Chang
     scores = {"plain": 0.5, "mean": 0.53, "max": 0.56}
     results = [make_result(run, scores[run.method]) for run in runs_of(plan, "screen")]
     assert [line.split(" | ")[:5] for line in report_of(results)["screen: tiny on sst"]] == [
-        ["| method", "seeds", "dev", "to max", "to plain"],
+        ["| method", "seeds", "dev", "vs. max", "vs. plain"],
         ["| plain", "2", ".500 ± .000", "-.060", ""],
         ["| mean", "2", ".530 ± .000", "-.030", "+.030"],
         ["| max", "2", ".560 ± .000", "", "+.060"],
     ]
+
+
+def test_unknown_memory_is_left_out(plan: Plan) -> None:
+    """The system did not tell it for one run of plain, and for none of better."""
+    results = [
+        make_result(run, 0.5, 0.4, memory_mib=math.nan)
+        if run.method == "better" or run.seed == 2
+        else make_result(run, 0.5, 0.4, memory_mib=100 * run.seed)
+        for run in runs_of(plan, "full")
+    ]
+    rows = report_of(results)["full: tiny on sst"]
+    assert rows[1].endswith("| 90 s | 200 MiB |") and rows[2].endswith("| 1.00x |  |")
+    results = [replace(result, memory_mib=math.nan) for result in results]
+    assert report_of(results)["full: tiny on sst"][1].endswith("| 90 s |  |")
 
 
 def test_what_is_planned_and_not_run_is_listed(plan: Plan) -> None:
@@ -152,8 +167,6 @@ def test_the_committed_report_follows_from_the_committed_results(
 ) -> None:
     """`uv run python -m benchmarks.quality --report` writes it again."""
     monkeypatch.chdir(ROOT)
-    hash_files.cache_clear()  # of files with the same names in other folders
-    hash_model.cache_clear()
     files = Files.of_plan(DEFAULT_PLAN)
     Measurement(Files(files.plan, files.results, tmp_path / files.report.name)).report()
     for name in ("QUALITY.md", "quality.svg"):

@@ -1,6 +1,8 @@
 """The file of results: what is written is read again, and which run it belongs to."""
 
 import math
+import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +40,7 @@ def test_results_are_read_as_they_were_written(plan: Plan) -> None:
 
 
 def test_a_result_is_added_and_the_other_lines_stay(plan: Plan) -> None:
-    """Even if the file ends in the middle of a line end, as some editors leave it."""
+    """Even if the last line has no line end, as some editors leave it."""
     (run, *_) = runs_of(plan, "full")
     add_result(CSV, make_result(run, 0.5, 0.25))
     before = CSV.read_bytes().rstrip(b"\n")
@@ -60,9 +62,15 @@ def test_no_file_means_no_results(place: Path) -> None:
         (lambda text: "", "plan.csv:1: expected the columns date,"),
         (lambda text: text + "1,2\n", "plan.csv:3: expected 19 cells, found 2"),
         (lambda text: text.replace(",0.5,", ",half,"), "plan.csv:2: dev: expected a number, found"),
-        (lambda text: text.replace(",0.5,", ",1.5,"), "plan.csv:2: an accuracy is not in [0, 1]"),
-        (lambda text: text.replace(",0.5,", ",,"), "plan.csv:2: an accuracy is not in [0, 1]"),
+        (
+            lambda text: text.replace(",0.5,", ",1.5,"),
+            "plan.csv:2: dev: expected an accuracy",
+        ),
+        (lambda text: text.replace(",0.5,", ",,"), "plan.csv:2: dev: expected an accuracy"),
+        (lambda text: text.replace(",0.25,", ",2,"), "plan.csv:2: test: expected an accuracy"),
         (lambda text: text.replace(",90,", ",0,"), "plan.csv:2: seconds: expected a number above"),
+        (lambda text: text.replace(",6,90,", ",0,90,"), "plan.csv:2: steps: expected a number"),
+        (lambda text: text.replace(",500", ",0"), "plan.csv:2: memory_mib: expected a number"),
         (lambda text: text + '"x', "plan.csv: not a CSV file: "),
     ],
 )
@@ -118,5 +126,23 @@ def test_without_the_files_results_are_found_by_name(plan: Plan) -> None:
         assert find_result(results, run) == result
 
 
-def test_the_commit_is_known() -> None:
-    assert current_commit() == "unknown" or 10 <= len(current_commit().rstrip("+")) <= 12
+@pytest.mark.skipif(shutil.which("git") is None, reason="there is no git")
+def test_the_commit_says_whether_a_python_file_differs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*words: str) -> str:
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+        done = subprocess.run(["git", *identity, *words], cwd=tmp_path, capture_output=True)
+        return done.stdout.decode().strip()
+
+    monkeypatch.setattr("benchmarks.quality.results.ROOT", tmp_path)
+    assert current_commit() == "unknown"
+    git("init")
+    (tmp_path / "a.py").write_text("1\n")
+    git("add", "a.py")
+    git("commit", "-m", "One")
+    assert current_commit() == git("rev-parse", "--short=10", "HEAD") != ""
+    (tmp_path / "results.csv").write_text("")
+    assert not current_commit().endswith("+")
+    (tmp_path / "a.py").write_text("2\n")
+    assert current_commit() == git("rev-parse", "--short=10", "HEAD") + "+"

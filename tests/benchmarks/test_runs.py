@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.quality.plan import Plan
-from benchmarks.quality.runs import check_inputs, hash_files, hash_model, list_runs
+from benchmarks.quality.runs import check_inputs, list_runs
 from beyond.command_line import get_args
 from beyond.options import FinetuneOptions
 from tests.benchmarks.conftest import runs_of
@@ -62,7 +62,7 @@ def test_runs_on_dev_only_do_not_name_the_test_file(plan: Plan) -> None:
         assert run.dev_only == (run in screen or run.data == "cfimdb")
         options = get_args(run.argv())
         assert (test in options.input_files) != run.dev_only
-        assert any(test in word for word in run.argv()) is False  # but by --dataset
+        assert not any(test in word for word in run.argv())  # --dataset implies it
         if run.dev_only:
             assert f"data/{run.data}-dev.txt" == options.test  # type: ignore[union-attr]
 
@@ -90,7 +90,9 @@ def test_more_lines_than_there_are_are_refused(changed: Change) -> None:
     plan = changed("train_lines = 5", "train_lines = 9")
     with pytest.raises(ValueError) as caught:
         runs_of(plan, "screen")
-    assert str(caught.value) == "train_lines = 9: data/sst-train.txt has 8 lines"
+    assert str(caught.value) == (
+        "plan.toml: stage screen: train_lines = 9: data/sst-train.txt has only 8 lines"
+    )
 
 
 # ----------------------------------------------------------------------------------- identification
@@ -112,8 +114,6 @@ def test_hashes_follow_the_content_of_the_files(plan: Plan) -> None:
     save_llama(make_llama(causal=False, seed=1), Path("other.pt"))
     Path("other.pt").replace("stories42M.pt")
     Path("data/sst-dev.txt").write_text(SENTENCES[0] + "\n")
-    hash_files.cache_clear()
-    hash_model.cache_clear()
     (after, *_) = runs_of(plan, "full")
     assert before.checkpoint_hash != after.checkpoint_hash
     assert before.data_hash != after.data_hash
