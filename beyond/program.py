@@ -71,7 +71,7 @@ def exit_status(program: str, work: Callable[[], int], consequence: str = "") ->
     Args:
         program: how it was called.
         work: reads the command line, does what it says, and returns the exit status.
-        consequence: of an interruption, for the user; may be empty.
+        consequence: what the user should know after an interruption; may be empty.
 
     Returns:
         The exit status: that of the work; 2 after an error; 128 + the signal's number after SIGINT

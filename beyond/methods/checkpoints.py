@@ -1,7 +1,7 @@
 """Which classifier a run trains, and making it again from its checkpoint.
 
 The checkpoint of a plain classifier is the assignment's. One of a `MethodClassifier` says how it
-differs, under "method", so that the ground floor's `load_classifier` refuses it and names that.
+differs, under "method", so that the assignment's `load_classifier` refuses it and names that.
 """
 
 import reprlib

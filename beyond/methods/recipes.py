@@ -1,11 +1,11 @@
 """Recipes: named sets of flags for `--option finetune`, and the rule for some of their values.
 
-`--recipe better` stands for the flags below. A flag that is given too is used instead. What works
-best depends on the model and on the data, so a rule sets four of them: the learning rate by the
-number of parameters, its decay from layer to layer by the number of layers, the epochs by the size
-of the training file, and a new head instead of the label words where the tokenizer cuts one of them
-into several tokens, or where a sentence and the prompt together exceed the model's context. Nothing
-is chosen by hand for a checkpoint. Of dev and test the rule looks at the lengths only.
+`--recipe better` is shorthand for the flags below. A flag on the command line overrides it. What
+works best depends on the model and on the data, so a rule sets four of them: the learning rate by
+the number of parameters, its decay from layer to layer by the number of layers, the epochs by the
+size of the training file, and a new head instead of the label words where one of them is not a
+token of its own, or where a sentence and the prompt together exceed the model's context. Nothing is
+chosen by hand for a checkpoint. Of dev and test, the rule uses only the sentences' lengths.
 
 The learning rate is for the default of 8 sentences per batch, and for training all weights. Larger
 batches mean fewer steps, and low-rank updates (`--lora_rank`) need a higher rate; give `--lr` too
@@ -76,7 +76,7 @@ def layer_decay(layers: int) -> float:
 
 
 def epochs(size: int) -> int:
-    """Return the passes over the training data: fewer if it is large.
+    """Return the number of epochs: the larger the training file, the fewer.
 
     Args:
         size: of the training file in bytes.

@@ -1,4 +1,4 @@
-"""Applying a recipe's rule, once the checkpoint and the data can be read."""
+"""Apply a recipe's rule: compute values of its flags from the checkpoint and the data."""
 
 import shlex
 from collections.abc import Callable, Sequence
