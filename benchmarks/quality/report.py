@@ -114,8 +114,9 @@ def describe_stage(stage: Stage) -> str:
     else:
         lines = f"{stage.train_lines} training lines, drawn by seed {stage.subset_seed}"
     splits = "dev and test" if "test" in stage.splits else "dev only, test is left unread"
-    seeds = ", ".join(map(str, stage.seeds))
-    return f"{lines}; {splits}; seeds {seeds}; the baseline is *{stage.baseline}*."
+    seeds = "seeds " if len(stage.seeds) > 1 else "seed "
+    seeds += ", ".join(map(str, stage.seeds))
+    return f"{lines}; {splits}; {seeds}; the baseline is *{stage.baseline}*."
 
 
 def table_lines(table: Table) -> Iterator[str]:
