@@ -10,8 +10,15 @@ import pytest
 import torch
 
 from run_llama import main
-from tests.beyond.methods.helpers import make_classifier, make_rows, train_steps
+from tests.beyond.methods.helpers import (
+    finetune_and_load,
+    make_classifier,
+    make_rows,
+    read_curve,
+    train_steps,
+)
 from tests.beyond.methods.test_lora import make_lora
+from tests.beyond.runs import FINETUNE as SHORT_RUN
 from tests.conftest import make_llama, save_llama
 from tests.test_run_llama import FINETUNE, PROMPT, run
 
@@ -46,6 +53,26 @@ def test_compiled_model_gives_the_same(
     # to finetune, the model that is trained and the best one, which is loaded to predict
     assert calls == [{"dynamic": True}] * (1 if argv is PROMPT else 2)
     assert predictions[0] == predictions[1]
+
+
+@pytest.mark.sweep
+# PyTorch's compiler asks SMART's embeddings for a gradient.
+@pytest.mark.filterwarnings("error", "ignore:The .grad attribute")
+@pytest.mark.parametrize(
+    "flags",
+    [["--no-causal", "--ema", "0.8", "--mixout", "0.5"], ["--causal", "--smart", "1"]],
+)
+def test_compiled_methods_train_alike(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str]
+) -> None:
+    """Traced by the real compiler, without the C++ that it writes."""
+    compile_model = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **kw: compile_model(f, backend="eager", **kw))
+    argv = [*SHORT_RUN, *flags, "--lr", "1e-4", "--dropout", "0", "--hidden_dropout_prob", "0"]
+    runs = [(finetune_and_load([*argv, *more]), read_curve("loss")) for more in ([], ["--compile"])]
+    for name, weight in runs[0][0].items():
+        torch.testing.assert_close(runs[1][0][name], weight, atol=1e-6, rtol=0)
+    assert runs[1][1] == pytest.approx(runs[0][1], rel=1e-6)
 
 
 @pytest.mark.sweep
