@@ -4,6 +4,7 @@ These tests are in one file since the first compilation of a process takes secon
 """
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,13 @@ from tests.beyond.methods.test_lora import make_lora
 from tests.beyond.runs import FINETUNE as SHORT_RUN
 from tests.conftest import make_llama, save_llama
 from tests.test_run_llama import FINETUNE, PROMPT, run
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> Iterator[None]:
+    """Forget what a test compiled: PyTorch compiles a function for a few kinds of input only."""
+    yield
+    torch.compiler.reset()
 
 
 @pytest.mark.filterwarnings("error")
