@@ -14,9 +14,9 @@ from utils import read_lines
 
 METHOD = "earlier runs of the same method"
 ALIKE = "earlier runs of similar methods"
-# Flags that change the time of a step by more than a few hundredths.
+# The flags that change the time of a step most.
 COSTLY = (
-    *("batch_size", "causal", "dtype", "freeze_backbone", "head", "lora_rank"),
+    *("batch_size", "bregman", "causal", "dtype", "freeze_backbone", "head", "lora_rank"),
     *("micro_batch_size", "pool_layer", "r_drop", "smart"),
 )
 Cost = tuple[str | None, ...]

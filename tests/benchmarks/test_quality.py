@@ -367,7 +367,6 @@ def test_another_error_of_a_resumed_run_keeps_its_training_checkpoint(
         assert state.exists()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the script stands for a killed program")
 def test_a_resumed_run_that_is_killed_says_so(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from beyond.program import exit_status
 from beyond.runtime import ThreadWatch, thread_advice
 from run_llama import main
 from tests.beyond import forks
@@ -170,3 +172,30 @@ def test_bfloat16_without_units_is_noted(
         status, out, err = run([*PROMPT, "--causal", "--dtype", "bfloat16"], capsys)
         assert status == 0 and "dev acc ::" in out
         assert ("has no units for bfloat16" in err) == (not has_units)
+
+
+@pytest.mark.parametrize(
+    ("work", "consequence", "status", "line"),
+    [
+        (lambda: 1, "", 1, ""),
+        (lambda: int("x"), "", 2, "p: error: invalid literal for int() with base 10: 'x'\n"),
+        (lambda: len(os.listdir("none")), "", 2, "p: error: none: No such file or directory\n"),
+        (lambda: torch.empty(2**60).dim(), "", 2, "p: error: out of memory\n"),
+        (lambda: signal.raise_signal(signal.SIGTERM), "", 143, "p: interrupted\n"),
+        (lambda: signal.raise_signal(signal.SIGINT), "no file", 130, "p: interrupted; no file\n"),
+    ],
+)
+def test_a_small_program_ends_with_a_status_and_a_line(
+    work: Callable[[], int],
+    consequence: str,
+    status: int,
+    line: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert exit_status("p", work, consequence) == status
+    assert capsys.readouterr().err == line
+
+
+def test_an_error_of_a_small_program_itself_is_not_hidden() -> None:
+    with pytest.raises(RuntimeError, match="shape"):
+        exit_status("p", lambda: torch.zeros(2).view(3).dim())
