@@ -198,12 +198,14 @@ class _Worker:
         return ""
 
     def _ask_where(self) -> None:
-        """Let the worker print where it is."""
+        """Let the worker print where it is; the signal may end its wait, and the code goes on."""
+        importing = self.importing
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._leader, WHERE)
         self._tail, end = b"", time.monotonic() + 0.5
         while time.monotonic() < end and not self._place():
             self._read_all(0.05)
+        self.importing = importing
 
     def _place(self) -> str:
         """Return the last "file:line" of the folder in what `faulthandler` printed, or nothing."""

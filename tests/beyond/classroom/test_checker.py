@@ -114,6 +114,13 @@ def test_code_that_does_not_return_is_named(folder: Path, lines: list[str], text
     assert (finding.status, finding.text) == ("error", text)
 
 
+def test_code_that_goes_on_when_it_is_asked_where_it_is_blames_no_other_part(folder: Path) -> None:
+    """A signal ends `signal.pause()`, so the next part's import begins before the worker ends."""
+    (folder / "llama.py").write_text("import time\ntime.sleep(0.6)\n" + RIGHT)
+    finding = check_with(folder, body("os.close(2)", "signal.pause()"), SHORT)
+    assert (finding.status, finding.text) == ("error", "no end within 1 s")
+
+
 def test_memory_is_limited_for_all_processes_together(folder: Path) -> None:
     hoard = "x = [bytes(b'x') * (120 << 20) for _ in range(2)]"
     finding = check_with(folder, body("for _ in range(2): os.fork()", hoard, "time.sleep(9)"))
