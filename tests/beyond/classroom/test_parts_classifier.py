@@ -119,16 +119,18 @@ def test_a_classifier_may_make_a_tokenizer_whose_file_is_not_here(tmp_path: Path
 @pytest.mark.parametrize(
     ("old", "new", "names"),
     [
-        (
+        pytest.param(
             f"{LAST}{INDENT}{DROP}",
             "final_hidden = hidden_states[:, 0]",
             ("first column", "no dropout"),
+            marks=pytest.mark.sweep,
         ),
-        (
+        pytest.param(
             f"{LAST}{INDENT}{DROP}{INDENT}{HEAD}        {RESULT}",
             f"final_hidden = hidden_states[:, -2]{INDENT}{DROP}{INDENT}{HEAD}"
             "        return F.log_softmax(logits, dim=0)\n",
             ("column before the last", "softmax over the batch"),
+            marks=pytest.mark.sweep,
         ),
         (
             f"{RUN}        {LAST}{INDENT}{DROP}",

@@ -101,6 +101,7 @@ def test_two_mistakes_are_both_named(tmp_path: Path) -> None:
 END = "            idx = torch.cat((idx, idx_next), dim=1)\n        return idx\n"
 
 
+@pytest.mark.sweep
 def test_a_stop_before_eos_and_a_lost_context_are_both_named(tmp_path: Path) -> None:
     new = "            if (idx_next == 2).all():\n                break\n" + END.replace(
         "return idx", "return idx[:, -max_new_tokens:]"
@@ -156,6 +157,7 @@ def test_frequencies_lie_within_the_stated_bound_of_the_softmax(
     assert FREQUENCY == pytest.approx(0.036 + 0.08)
 
 
+@pytest.mark.sweep
 def test_sampling_is_examined_row_by_row_if_several_rows_fail(tmp_path: Path) -> None:
     old = f"{PROBS}\n                {SAMPLE}"
     new = (

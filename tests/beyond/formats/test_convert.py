@@ -229,6 +229,7 @@ def test_an_interrupted_conversion_leaves_nothing(
     assert [path.name for path in Path("c").rglob("*") if path.is_file()] == []
 
 
+@pytest.mark.sweep
 def test_an_interrupted_process_ends_with_one_line(source: Llama) -> None:
     code = """
 import os, signal, sys
