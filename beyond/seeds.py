@@ -40,7 +40,7 @@ def run_seeds(options: FinetuneOptions, finetune: Finetune, build_prompt: BuildP
     for number, seed_options in enumerate(options.per_seed(), start=1):
         seed = seed_options.seed
         if str(seed) not in accuracies:
-            left = total - len(accuracies)
+            left = sum(str(other) not in accuracies for other in options.seeds)
             print(f"seed {seed}: run {number} of {total}{expected_end(times, left)}")
             start = time.monotonic()
             accuracies[str(seed)] = list(finetune(seed_options))

@@ -62,6 +62,21 @@ def test_seeds_are_summed_up_and_resumed(
     assert again == written
 
 
+def test_only_seeds_that_are_asked_for_are_to_do(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file of the accuracies may have others, of an earlier run."""
+    left: list[int] = []
+    monkeypatch.setattr(
+        "beyond.seeds.expected_end", lambda times, number: left.append(number) or ""
+    )
+    argv = [*FINETUNE, "--epochs", "1", "--resume", "--seeds"]
+    monkeypatch.setattr("run_llama.finetune", lambda options: (0.5, 0.4))
+    assert main([*argv, "1,2,3"]) == 0
+    assert main([*argv, "4,2,5"]) == 0
+    assert left == [3, 2, 1, 2, 1]
+
+
 def test_seeds_of_another_run_are_not_taken(
     workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
