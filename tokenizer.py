@@ -149,7 +149,7 @@ class Tokenizer:
     def label_tokens(self, label: str, prompt: str) -> list[int]:
         """Return the tokens of a label word that follows a prompt."""
         # Faithful: the word is tokenized alone, with the space that SentencePiece puts before it.
-        return self.encode(label, bos=False, eos=False)
+        return self.encode_text(label)
 
     def fits(self, vocab_size: int) -> bool:
         """Return whether the tokenizer can be that of a model with a vocabulary of this size."""

@@ -37,6 +37,12 @@ def test_max_len_counts_pieces_of_text_only(tokenizer_path: Path) -> None:
     assert Tokenizer(3, tokenizer_path).encode("A dull story", True, True) == [1, *plain[:3], 2]
 
 
+def test_max_len_does_not_cut_label_words(tokenizer_path: Path) -> None:
+    plain, short = Tokenizer(None, tokenizer_path), Tokenizer(1, tokenizer_path)
+    tokens = short.label_tokens("wonderfully", "This movie is ")
+    assert tokens == plain.encode("wonderfully", bos=False, eos=False) and len(tokens) > 1
+
+
 @pytest.mark.parametrize("text", ["A warm film .", "naïve 映画 🎬", "two  spaces", ""])
 def test_decode_returns_the_text(tokenizer_path: Path, text: str) -> None:
     tokenizer = Tokenizer(tokenizer_model=tokenizer_path)
