@@ -31,10 +31,13 @@ def apply_rule(
         The options to run with; the same ones without a recipe.
 
     Raises:
-        FileNotFoundError, ValueError: the checkpoint or the training file cannot be used.
+        FileNotFoundError, ValueError: the checkpoint or a data file cannot be used.
     """
     if options.recipe is None:
         return options
+    for split, path in options.data_files.items():
+        if Path(path).is_fifo():
+            raise ValueError(f"--{split} {path}: --recipe reads it twice; give a file, not a pipe")
     values: dict[str, Any] = {}
     rates = {"lr", "layer_decay"}.intersection(options.left_to_rule)
     if options.layer_decay == 1:  # other flags exclude it
