@@ -164,8 +164,9 @@ def create_data(
     texts = [sentence + prompt_suffix for sentence, _ in parsed]
     for number, tokens in enumerate(encode_all(tokenizer, texts, filename, bos=True), start=1):
         if len(tokens) > max_seq_len:
+            room = max_seq_len - len(tokenizer.encode("", bos=True, eos=False))
             # With a suffix, --max_sentence_len would cut off the question.
-            advice = "" if prompt_suffix else " or use --max_sentence_len"
+            advice = "" if prompt_suffix or room < 1 else f" or use --max_sentence_len {room}"
             raise ValueError(
                 f"{filename}:{number}: {len(tokens)} tokens are more than the model's "
                 f"{max_seq_len}; shorten the sentence{advice}"

@@ -248,8 +248,9 @@ def test_a_sentence_that_does_not_fit_with_its_prompt(
     assert main([*argv, "--max_sentence_len", str(128 - n_prompt)]) == 0
     Path("long.txt").write_text("0 ||| " + "a film and a film " * 12)
     status, _, err = run([*LABEL_WORDS, "--dev", "long.txt", "--dataset", "cfimdb"], capsys)
-    assert status == 2 and err.endswith("shorten the sentence or use --max_sentence_len\n")
-    flags = ["--dev", "long.txt", "--dataset", "cfimdb", "--max_sentence_len", "50"]
+    advice = f"--max_sentence_len {128 - n_prompt}"
+    assert status == 2 and err.endswith(f"shorten the sentence or use {advice}\n")
+    flags = ["--dev", "long.txt", "--dataset", "cfimdb", *advice.split()]
     assert main([*LABEL_WORDS, *flags]) == 0
 
 
