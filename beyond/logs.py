@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from beyond.batches import TrainingBatch
+from beyond.methods.options import MethodOptions
 from beyond.processes import is_main_process, world_size
 
 try:
@@ -31,8 +32,9 @@ if TYPE_CHECKING:  # imported where it is used, since it takes a second
 
 # The settings by which runs are compared, most important first.
 NUMBERS = ("lr", "batch_size", "epochs", "seed")
-COMPARED = (*NUMBERS, "mode", "dtype", "hidden_dropout_prob", "dropout")
-FIRST_COLUMNS = (*NUMBERS, "mode")  # of the table of runs, which has room for five
+COMPARED = (*NUMBERS, "mode", "method", "dtype", "hidden_dropout_prob", "dropout")
+# The first five of them that a run has are the columns with which the table of runs opens.
+FIRST_COLUMNS = ("lr", "epochs", "seed", "mode", "method", "batch_size")
 MORE_SETTINGS = ("device", "option", "dataset")  # come after them on the page
 # The scores that the table of runs shows, by task; a run writes them under the same names.
 SCORES = {
@@ -150,7 +152,10 @@ def hparams_summaries(hyperparameters: Mapping[str, str]) -> tuple[Any, Any, Any
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
     from torch.utils.tensorboard.summary import hparams
 
-    values = {name: hyperparameters[name] for name in COMPARED if name in hyperparameters}
+    known = {**hyperparameters, "method": describe_method(hyperparameters)}
+    if "pooling" not in hyperparameters:  # of a task without methods
+        del known["method"]
+    values = {name: known[name] for name in COMPARED if name in known}
     row = {name: float(v) if name in NUMBERS else v for name, v in values.items()}
     if row.get("dropout") == "None":
         row["dropout"] = "of the checkpoint"
@@ -160,10 +165,21 @@ def hparams_summaries(hyperparameters: Mapping[str, str]) -> tuple[Any, Any, Any
     # alphabetical order.
     data = experiment.value[0].metadata.plugin_data
     content = HParamsPluginData.FromString(data.content)
+    first = [name for name in FIRST_COLUMNS if name in values][:5]
     for info in content.experiment.hparam_infos:
-        info.differs = info.name in FIRST_COLUMNS
+        info.differs = info.name in first
     data.content = content.SerializeToString()
     return experiment, session_start, session_end
+
+
+def describe_method(hyperparameters: Mapping[str, str]) -> str:
+    """Return the flags of a method that differ from the defaults; "plain" if none does."""
+    words = []
+    for f in fields(MethodOptions):
+        value = hyperparameters.get(f.name, str(f.default))
+        if value != str(f.default):
+            words.append(f"--{f.name}" if value == "True" else f"--{f.name} {value}")
+    return " ".join(words) or "plain"
 
 
 # --------------------------------------------------------------------------------- training steps

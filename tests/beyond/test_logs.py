@@ -16,11 +16,13 @@ from tensorboard.plugins.hparams.api_pb2 import Status
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from beyond.batches import Batch
+from beyond.command_line import get_args
 from beyond.interrupts import Interrupted
 from beyond.logs import (
     EpochTotals,
     StepLog,
     StepLoss,
+    describe_method,
     hparams_summaries,
     markdown_table,
     peak_memory,
@@ -133,6 +135,7 @@ def test_the_table_of_runs_compares_settings_and_scores() -> None:
     settings = {"lr": "2e-05", "batch_size": "8", "epochs": "5", "seed": "1337"}
     settings |= {"mode": "causal", "dtype": "float32", "hidden_dropout_prob": "0.3"}
     settings |= {"dropout": "None", "option": "finetune", "filepath": "a.pt"}
+    settings |= {"pooling": "mean", "linear_decay": "True", "warmup": "0.0", "recipe": "None"}
     experiment, start, end = (
         HParamsPluginData.FromString(summary.value[0].metadata.plugin_data.content)
         for summary in hparams_summaries(settings)
@@ -143,6 +146,7 @@ def test_the_table_of_runs_compares_settings_and_scores() -> None:
     words = {name: row[name].string_value for name in row if name not in numbers}
     assert words == {
         "mode": "causal",
+        "method": "--pooling mean --linear_decay",
         "dtype": "float32",
         "hidden_dropout_prob": "0.3",
         "dropout": "of the checkpoint",
@@ -151,10 +155,25 @@ def test_the_table_of_runs_compares_settings_and_scores() -> None:
     assert {column.name for column in columns} == set(row)
     # TensorBoard shows five columns at first, and those that are marked come first.
     marked = {column.name for column in columns if column.differs}
-    assert marked == {"lr", "batch_size", "epochs", "seed", "mode"}
+    assert marked == {"lr", "epochs", "seed", "mode", "method"}
     scores = [metric.name.tag for metric in experiment.experiment.metric_infos]
     assert scores == ["result/dev_accuracy", "result/test_accuracy"]
     assert end.session_end_info.status == Status.Value("STATUS_SUCCESS")
+
+
+def test_the_table_of_pretraining_runs_has_no_methods() -> None:
+    settings = {"lr": "0.001", "batch_size": "8", "epochs": "5", "seed": "1337", "mode": "causal"}
+    summary = hparams_summaries({**settings, "option": "pretrain", "dtype": "bfloat16"})[0]
+    content = summary.value[0].metadata.plugin_data.content
+    columns = HParamsPluginData.FromString(content).experiment.hparam_infos
+    assert {column.name for column in columns} == {*settings, "dtype"}
+    assert {column.name for column in columns if column.differs} == set(settings)
+
+
+@pytest.mark.parametrize("method", ["--head label_words --wise_ft 0.5", "--ema 0.9", "plain"])
+def test_a_method_is_described_by_its_flags(workplace: Path, method: str) -> None:
+    flags = [] if method == "plain" else method.split()
+    assert describe_method(get_args([*FINETUNE, *flags]).hyperparameters()) == method
 
 
 def test_every_seed_is_a_row_of_the_table_of_runs(workplace: Path) -> None:
