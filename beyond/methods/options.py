@@ -93,12 +93,12 @@ class MethodOptions:
         type=dropout_probability,
     )
     warmup: float = flag(
-        "fraction of the steps in which the learning rate rises from 0 to --lr",
+        "fraction of the steps, at the start, in which the learning rate rises to --lr",
         0.0,
         type=fraction,
     )
     linear_decay: bool = flag(
-        "let the learning rate fall linearly to 0 at the end",
+        "let the learning rate fall linearly, towards 0 after the last step",
         False,
         action=argparse.BooleanOptionalAction,  # so that a recipe's can be switched off
     )

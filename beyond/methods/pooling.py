@@ -9,7 +9,8 @@ With h_i (dim,) the hidden state of token i, after the final norm, of a sentence
   that no random number is drawn;
 - before_stop: h_{n-1} if the sentence ends with a full stop, else h_n. At the full stop, the model
   only has to predict how the next sentence begins. The stops are `.`, `!` and `?`, each as a token
-  of its own; after `...` or a quotation mark it is h_n.
+  of its own; if a sentence ends with any other token, such as `...`, `?!` or a quotation mark, it
+  is h_n.
 
 The tokens are all of the row before its padding, with BOS if the tokenizer adds it. Unlike the
 assignment's last column, none of these reads a padding token, in reference mode either; there

@@ -19,8 +19,9 @@ Differs from the paper in:
   of a Llama are not normalised as BERT's are, and eps is 0.01. With the paper's 1e-5 (absolute) the
   gradient of the penalty was measured below 1e-4 of the loss's, and in bfloat16 it is lost in
   rounding. The ratios sigma : eps : eta are the paper's, 1 : 1 : 100;
-- the gradient g of each token is divided by its largest entry, as in the authors' code; without
-  that the step would be far smaller than the random start.
+- max|g| is that of each token, so that each embedding is changed. Algorithm 1 divides by one
+  number for the whole input. (The authors' code, mt-dnn, divides nu + eta g instead, and does not
+  clip.)
 
 Padding gets no noise. All forward passes have the dropout masks of the plain one: with masks of
 their own, the penalty would measure mostly the difference of the masks (as R-Drop does on purpose),
