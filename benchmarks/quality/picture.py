@@ -51,8 +51,8 @@ def draw(tables: Sequence[Table]) -> str:
 def panels_of(table: Table) -> Iterator[Panel]:
     """Yield the panels of a table: those of a split in which a method differs from the baseline."""
     for split in table.splits:
-        others = [row for row in table.rows if row.method != table.stage.baseline]
-        methods = [(row.method, row.difference(split)) for row in others]
+        others = [row for row in table.rows if row.name != table.stage.baseline]
+        methods = [(row.name, row.difference(split)) for row in others]
         if any(difference is not None for _, difference in methods):
             title = f"{table.stage.name}: {table.title}, {split}, against {table.stage.baseline}"
             yield title, split, methods

@@ -21,7 +21,8 @@ A plan is a TOML file:
     data = ["sst"]
     methods = ["plain", "mean"]
     seeds = [1, 2]
-    baseline = "plain"              # what the others are compared with (default: plain)
+    baseline = "plain"              # the method that the others are compared with (default: plain);
+                                    # or a checkpoint: then the checkpoints are compared
     train_lines = 2000              # the first lines of the training file (default: all)
     subset_seed = 0                 # draw these lines by a seed instead
     splits = ["dev"]                # without it: dev and test
@@ -69,6 +70,11 @@ class Stage:
     train_lines: int | None = None  # None: all
     subset_seed: int | None = None  # None: the first lines
     splits: tuple[str, ...] = SPLITS
+
+    @property
+    def compares_checkpoints(self) -> bool:
+        """Return whether checkpoints are compared, and not methods."""
+        return self.baseline not in self.methods
 
 
 @dataclass(frozen=True)
@@ -171,7 +177,8 @@ def parse_stage(values: object, number: int, tables: Mapping[str, Any]) -> Stage
         for name in chosen[key]:
             check_known(name, tuple(tables[key]), where, kind)
     baseline = values.get("baseline", "plain")
-    check_known(baseline, chosen["methods"], f"{where}: baseline", "method of this stage")
+    known = (*chosen["methods"], *chosen["checkpoints"])
+    check_known(baseline, known, f"{where}: baseline", "method or checkpoint of this stage")
     splits = parse_list(values.get("splits", [*SPLITS]), f"{where}: splits")
     if splits not in (SPLITS, SPLITS[:1]):
         raise ValueError(f'{where}: splits: expected ["dev"] or ["dev", "test"]')

@@ -19,18 +19,19 @@ Measured by `{command}`, which also writes this file. Each run is one
 and checkpoint. Choices between methods are never made on test.
 
 - *dev*, *test*: mean accuracy of the best epoch on dev, and the standard deviation over the seeds.
-- *vs. ...*: the mean difference from that method, with its 95% interval in brackets. Runs with the
-  same seed are compared (paired t interval); fewer than three seeds give none. Only seeds that both
-  methods have count, so the difference may not be that of the means. The interval says what other
-  seeds would give. Other sentences would differ too: the standard error of an accuracy
+- *vs. ...*: the mean difference from that method or checkpoint, with its 95% interval in brackets.
+  Runs with the same seed are compared (paired t interval); fewer than three seeds give none. Only
+  seeds that both have count, so the difference may not be that of the means. The interval says what
+  other seeds would give. Other sentences would differ too: the standard error of an accuracy
   of .4 is .015 on the 1,101 dev sentences of SST.
 - *plain* has no flags: the assignment's head, learning rate (2e-5), epochs (five) and optimizer, 8
-  sentences per batch, and the mode that the checkpoint says, which is causal for all but the
-  assignment's own checkpoints. With `--no-causal` it is the assignment's recipe in its attention
-  too: without a mask, and with the last column as the sentence's hidden state.
+  sentences per batch, and the mode that the checkpoint says. (A `.pt` file that says none, such as
+  the assignment's own, is read in reference mode.) With `--no-causal` it is the assignment's recipe
+  in its attention too: without a mask, and with the last column as the sentence's hidden state.
 - *seeds*: how many are measured; *n of m* if the plan has more.
-- *time*, *memory*: seconds of a whole run, and its peak resident memory, relative to the baseline
-  on the same machine. Other programs used it at times, so the times are rough.
+- *time*, *memory*: seconds of a whole run, and its peak resident memory: the median, and for other
+  rows than the baseline the median ratio to its run with the same seed on the same machine. Other
+  programs used the machine at times, so the times are rough.
 """
 MISSING = "not measured"
 
@@ -97,7 +98,7 @@ def describe_origin(used: Sequence[Result]) -> str:
         return "No run of this plan is complete yet."
     threads = {n: f"{n} thread{'s' if n > 1 else ''}" for n in {r.threads for r in used}}
     machines = sorted({f"{result.machine}, {threads[result.threads]}" for result in used})
-    commits = sorted({result.commit for result in used})
+    commits = sorted({commit for result in used for commit in result.commit.split()})
     days = sorted(result.date[:10] for result in used)
     return (
         f"{len(used)} runs, from {days[0]} to {days[-1]}; {'; '.join(machines)}; "
@@ -121,7 +122,7 @@ def describe_stage(stage: Stage) -> str:
 
 def table_lines(table: Table) -> Iterator[str]:
     """Yield the lines of a table."""
-    heads = ["method", "seeds"]
+    heads = ["checkpoint" if table.stage.compares_checkpoints else "method", "seeds"]
     for split in table.splits:
         heads += [split, *(f"vs. {name}" for name in compared(table))]
     heads += ["time", "memory"]
@@ -135,22 +136,22 @@ def table_lines(table: Table) -> Iterator[str]:
 
 
 def compared(table: Table) -> list[str]:
-    """Return the methods that the others are compared with: the baseline, and the plain recipe."""
+    """Return the rows that the others are compared with: the baseline, and the plain recipe."""
     baseline, plain = table.stage.baseline, table.plain
     return [baseline] if plain is None or plain == baseline else [baseline, plain]
 
 
 def cells(row: Row, table: Table) -> Iterator[str]:
-    """Yield the cells of a method."""
+    """Yield the cells of a row."""
     done = len(row.results)
-    yield row.method
+    yield row.name
     yield f"{done}" if done == row.planned else f"{done} of {row.planned}"
-    is_baseline = row.method == table.stage.baseline
+    is_baseline = row.name == table.stage.baseline
     for split in table.splits:
         yield show_scores(row.scores(split))
         for name in compared(table):
             difference = row.difference(split, to_plain=name == table.plain)
-            yield "" if row.method == name or not done else show_difference(difference)
+            yield "" if row.name == name or not done else show_difference(difference)
     ratios = (row.ratio(lambda r: r.seconds), row.ratio(lambda r: r.memory_mib))
     if is_baseline and done:
         results = row.results.values()

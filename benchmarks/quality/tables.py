@@ -16,14 +16,14 @@ class Row:
     """A method on a checkpoint and a data set.
 
     Attributes:
-        method: its name.
+        name: of the method, or of the checkpoint if the table compares checkpoints.
         planned: the number of seeds in the plan.
         results: by seed; those that are there.
-        baseline: the results of the method that it is compared with.
-        plain: those of the plain recipe; empty if the stage does not have it.
+        baseline: the results that it is compared with.
+        plain: those of the plain recipe; empty if the table does not have it.
     """
 
-    method: str
+    name: str
     planned: int
     results: dict[int, Result]
     baseline: dict[int, Result]
@@ -58,19 +58,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """All methods of a stage on a checkpoint and a data set."""
+    """All methods of a stage with a checkpoint on a data set, or all checkpoints with a method."""
 
     stage: Stage
-    checkpoint: str
+    subject: str  # the checkpoint, or the method
     data: str
     splits: tuple[str, ...]  # those that were read
     rows: tuple[Row, ...]
-    plain: str | None  # the method without flags; None if the stage does not have it
+    plain: str | None  # the method without flags; None if there is no such row
 
     @property
     def title(self) -> str:
         """Return what the table is about."""
-        return f"{self.checkpoint} on {self.data}"
+        return f"{self.subject} on {self.data}"
 
 
 def median_of_known(values: Iterable[float]) -> float | None:
@@ -94,36 +94,49 @@ def make_tables(plan: Plan, runs: dict[str, list[Run]], results: Sequence[Result
     """
     tables = []
     for stage in plan.stages:
-        for checkpoint in stage.checkpoints:
+        names = () if stage.compares_checkpoints else stage.methods
+        plain = next((name for name in names if not plan.methods[name]), None)
+        for subject in stage.methods if stage.compares_checkpoints else stage.checkpoints:
             for data in stage.data:
-                here = [r for r in runs[stage.name] if (r.checkpoint, r.data) == (checkpoint, data)]
-                plain = next((name for name in stage.methods if not plan.methods[name]), None)
-                tables.append(make_table(stage, checkpoint, data, here, results, plain))
+                here = [
+                    run
+                    for run in runs[stage.name]
+                    if (subject_and_row(stage, run)[0], run.data) == (subject, data)
+                ]
+                tables.append(make_table(stage, subject, data, here, results, plain))
     return tables
+
+
+def subject_and_row(stage: Stage, run: Run) -> tuple[str, str]:
+    """Return the subject of the table that a run belongs to, and the name of its row there."""
+    if stage.compares_checkpoints:
+        return run.method, run.checkpoint
+    return run.checkpoint, run.method
 
 
 def make_table(
     stage: Stage,
-    checkpoint: str,
+    subject: str,
     data: str,
     runs: Sequence[Run],
     results: Sequence[Result],
     plain: str | None,
 ) -> Table:
-    """Make the table of a stage's runs on a checkpoint and a data set."""
-    found: dict[str, dict[int, Result]] = {method: {} for method in stage.methods}
+    """Make the table of a stage's runs with a checkpoint or a method on a data set."""
+    names = stage.checkpoints if stage.compares_checkpoints else stage.methods
+    found: dict[str, dict[int, Result]] = {name: {} for name in names}
     for run in runs:
         if (result := find_result(results, run)) is not None:
-            found[run.method][run.seed] = result
+            found[subject_and_row(stage, run)[1]][run.seed] = result
     rows = [
         Row(
-            method,
+            name,
             planned=len(stage.seeds),
-            results=found[method],
+            results=found[name],
             baseline=found[stage.baseline],
             plain=found[plain] if plain else {},
         )
-        for method in stage.methods
+        for name in names
     ]
     splits = ("dev",) if runs[0].dev_only else stage.splits
-    return Table(stage, checkpoint, data, splits, tuple(rows), plain)
+    return Table(stage, subject, data, splits, tuple(rows), plain)

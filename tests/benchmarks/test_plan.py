@@ -79,7 +79,11 @@ def test_the_committed_plan_is_valid(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ("[1, 2]", "[]", "stage screen: seeds: expected a list with at least one entry"),
         ("[1, 2]", "1", "stage screen: seeds: expected a list with at least one entry, found 1"),
-        ('["plain", "mean"]', '["mean"]', "stage screen: baseline: unknown method of this stage"),
+        (
+            '["plain", "mean"]',
+            '["mean"]',
+            "stage screen: baseline: unknown method or checkpoint of this stage",
+        ),
         ('splits = ["dev"]', 'splits = ["test"]', 'splits: expected ["dev"] or ["dev", "test"]'),
         ("train_lines = 5", "subset_seed = 5", "stage screen: subset_seed needs train_lines"),
         ("train_lines = 5", "train_lines = 0", "stage screen: train_lines: expected a whole"),
