@@ -72,7 +72,9 @@ def run_missing(measurement: Measurement, runs: Sequence[Run], estimator: Estima
         measurement.read_again()
         if find_result(measurement.results, run):
             continue  # another process has done it
-        left, _ = estimator.total(runs[number - 1 :])
+        # Without those that another process has done; it may be doing one of the rest, too.
+        rest = [r for r in runs[number - 1 :] if find_result(measurement.results, r) is None]
+        left, _ = estimator.total(rest)
         seconds, _ = estimator.seconds(run)
         end = f"{datetime.now() + timedelta(seconds=left):%a %H:%M}"
         title = f"run {number} of {len(runs)}"

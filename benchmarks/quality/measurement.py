@@ -80,9 +80,22 @@ class Measurement:
     def __init__(self, files: Files) -> None:
         self.files = files
         self.plan: Plan = read_plan(files.plan)
-        self.runs = {stage.name: list_runs(self.plan, stage) for stage in self.plan.stages}
         self.results = read_results(files.results)
+        self.runs = {
+            stage.name: [self.with_newest_hash(run) for run in list_runs(self.plan, stage)]
+            for stage in self.plan.stages
+        }
         self.check_flags()
+
+    def with_newest_hash(self, run: Run) -> Run:
+        """Return a run whose checkpoint is not here as one of the checkpoint last measured.
+
+        So results of two checkpoints of the same name are never mixed.
+        """
+        hashes = [r.checkpoint_hash for r in self.results if r.checkpoint == run.checkpoint]
+        return (
+            run if run.checkpoint_hash or not hashes else replace(run, checkpoint_hash=hashes[-1])
+        )
 
     def check_flags(self) -> None:
         """Raise ValueError if a method of the plan has results with other flags."""
@@ -94,8 +107,8 @@ class Measurement:
             if named and not any(has_flags_of(result, run) for run in named):
                 raise ValueError(
                     f"{self.files.results}:{line}: the method {result.method} had other flags "
-                    f"({result.flags}); give it another name in {self.files.plan}, or delete its "
-                    "lines"
+                    f"({result.flags}); give it another name in {self.files.plan}, so that these "
+                    "results are kept"
                 )
 
     def unique_runs(self, stages: Sequence[str]) -> list[Run]:

@@ -52,7 +52,7 @@ class Measured:
 
 @dataclass
 class Usage:
-    """The commit at which a run began, and its time and peak memory over all its processes.
+    """The commits at which a run went on, and its time and peak memory over all its processes.
 
     They are noted in a file, so that an interrupted run loses at most `SAVE` seconds of its time.
     """
@@ -145,7 +145,8 @@ def run_process(run: Run, resume: bool) -> tuple[int, str]:
     notes = run.folder / "usage.json"
     out, err = run.folder / "out.txt", run.folder / "err.txt"
     usage = Usage.read(notes) if resume else Usage()
-    usage.commit = usage.commit or current_commit()
+    if (commit := current_commit()) not in usage.commit.split():
+        usage.commit = f"{usage.commit} {commit}".lstrip()
     usage.write(notes)
     argv = [sys.executable, str(RUN_LLAMA), *run.argv(), *(["--resume"] if resume else [])]
     mode = "ab" if resume else "wb"

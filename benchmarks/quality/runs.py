@@ -152,10 +152,15 @@ def command(
 
 
 def check_methods_differ(runs: list[Run], plan: Plan, stage: Stage) -> None:
-    """Raise ValueError if two methods of a stage are the same: one of them has a mistake."""
+    """Raise ValueError if two methods of a stage are the same: one of them has a mistake.
+
+    A recipe's rule may make them the same for one checkpoint or data set, which is no mistake.
+    """
     seen: dict[tuple[str, str, str, tuple[str, ...]], str] = {}
     for run in runs:
-        key = (run.checkpoint, run.data, run.flags, run.unknown_flags)
+        options = get_args(run.words)
+        assert isinstance(options, FinetuneOptions)
+        key = (run.checkpoint, run.data, resolved_flags(options), options.left_to_rule)
         other = seen.setdefault(key, run.method)
         if other != run.method:
             raise ValueError(

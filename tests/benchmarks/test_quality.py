@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -28,6 +29,7 @@ import benchmarks.machine
 import benchmarks.quality.process
 import run_llama
 from benchmarks.quality.__main__ import main
+from benchmarks.quality.estimate import Estimator
 from benchmarks.quality.plan import Plan
 from benchmarks.quality.process import RunClaimed, RunFailed, Usage, claimed
 from benchmarks.quality.results import Result, add_result, current_commit, read_results
@@ -184,7 +186,7 @@ def test_a_method_whose_flags_have_changed_is_refused(
     changed('mean = "--pooling mean', 'mean = "--pooling max')
     message = (
         f"plan.csv:3: the method mean had other flags ({flags}); give it another name in "
-        "plan.toml, or delete its lines"
+        "plan.toml, so that these results are kept"
     )
     REPORT.unlink()
     for argv in ([], ["--stage", "full"], ["--list"], ["--report"]):
@@ -367,6 +369,21 @@ def test_another_error_of_a_resumed_run_keeps_its_training_checkpoint(
         assert state.exists()
 
 
+def test_a_run_that_goes_on_at_another_commit_has_both(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "nothing.py"
+    script.touch()
+    monkeypatch.setattr(benchmarks.quality.process, "RUN_LLAMA", script)
+    run = runs_of(plan, "screen")[0]
+    run.folder.mkdir(parents=True)
+    notes = run.folder / "usage.json"
+    for commit in ("0123456789", "0123456789", "abcdef0123"):
+        monkeypatch.setattr(benchmarks.quality.process, "current_commit", lambda c=commit: c)
+        benchmarks.quality.process.run_process(run, notes.exists())
+    assert Usage.read(notes).commit == "0123456789 abcdef0123"
+
+
 def test_a_resumed_run_that_is_killed_says_so(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -486,7 +503,7 @@ def test_a_real_signal_loses_nothing(place: Path, changed: Change, number: int) 
     )
     assert again.returncode == 0, again.stderr
     (result,) = read_results(CSV)
-    assert result.steps == 2 * LONG and result.commit == "0123456789"
+    assert result.steps == 2 * LONG and result.commit == f"0123456789 {current_commit()}"
     assert result.memory_mib > 50 and result.seconds > 1
     assert not run.folder.exists()
     check_same_as_uninterrupted(run, result)
@@ -534,6 +551,31 @@ def test_results_of_another_process_are_kept_and_not_repeated(
     assert measure(capsys, "--stage", "screen")[0] == 0
     assert len(started) == 3 and len(read_results(CSV)) == 4
     assert "| mean | 2 |" in REPORT.read_text()
+
+
+def test_the_announced_end_leaves_out_what_another_process_has_done(
+    started: list[list[str]],
+    plan: Plan,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """While the first of four runs is done here, another process adds the result of the last."""
+    other, counts = make_result(runs_of(plan, "screen")[3], 0.75), list[int]()
+    here, total = benchmarks.quality.process.run_process, Estimator.total
+
+    def run_process(run: Run, resume: bool) -> tuple[int, str]:
+        if not CSV.exists():
+            add_result(CSV, other)
+        return here(run, resume)
+
+    def count(estimator: Estimator, runs: list[Run]) -> tuple[float, Counter[str]]:
+        counts.append(len(runs))
+        return total(estimator, runs)
+
+    monkeypatch.setattr(benchmarks.quality.process, "run_process", run_process)
+    monkeypatch.setattr(Estimator, "total", count)
+    assert measure(capsys, "--stage", "screen")[0] == 0
+    assert counts[-3:] == [4, 2, 1]
 
 
 def test_a_run_that_another_process_ends_before_it_is_claimed_is_not_repeated(

@@ -10,8 +10,8 @@ import pytest
 
 from benchmarks.quality.measurement import DEFAULT_PLAN, Files, Measurement
 from benchmarks.quality.plan import Plan, read_plan
-from benchmarks.quality.results import Result
-from tests.benchmarks.conftest import make_result, runs_of
+from benchmarks.quality.results import Result, add_result
+from tests.benchmarks.conftest import PLAN, make_result, runs_of
 from tests.conftest import ROOT
 
 FILES = Files(Path("plan.toml"), Path("plan.csv"), Path("plan.md"))
@@ -136,6 +136,39 @@ def test_the_baseline_is_that_of_the_stage(changed: Change) -> None:
     table = report_of(results)["screen: tiny on sst"]
     assert table[1] == "| plain | 2 | .600 ± .000 | +.100 |  | 1.00x | 1.00x |"
     assert table[2] == "| mean | 2 | .500 ± .000 |  | -.100 | 90 s | 500 MiB |"
+
+
+def test_a_stage_may_compare_checkpoints(place: Path) -> None:
+    """Then its baseline is one of them, and each method has a table."""
+    Path("other.pt").write_bytes(Path("stories42M.pt").read_bytes())
+    stage = 'checkpoints = ["tiny"]\ndata = ["sst"]\nmethods = ["plain", "mean"]'
+    text = PLAN.replace("[data]", '"tiny + text" = "other.pt"\n\n[data]', 1)
+    new = stage.replace('["tiny"]', '["tiny", "tiny + text"]') + '\nbaseline = "tiny"'
+    assert stage in text
+    Path("plan.toml").write_text(text.replace(stage, new, 1))
+    scores = {("tiny", "plain"): 0.5, ("tiny + text", "plain"): 0.52}
+    scores |= {("tiny", "mean"): 0.6, ("tiny + text", "mean"): 0.59}
+    runs = runs_of(read_plan(Path("plan.toml")), "screen")
+    tables = report_of([make_result(r, scores[r.checkpoint, r.method]) for r in runs])
+    assert tables["screen: plain on sst"] == [
+        "| checkpoint | seeds | dev | vs. tiny | time | memory |",
+        "| tiny | 2 | .500 ± .000 |  | 90 s | 500 MiB |",
+        "| tiny + text | 2 | .520 ± .000 | +.020 | 1.00x | 1.00x |",
+    ]
+    assert tables["screen: mean on sst"][2].startswith("| tiny + text | 2 | .590 ± .000 | -.010 |")
+    assert "screen: plain on sst, dev, against tiny" in Path("plan.svg").read_text()
+
+
+def test_results_of_two_checkpoints_of_one_name_are_not_mixed(plan: Plan) -> None:
+    """Without the checkpoint, the newest results count."""
+    runs = runs_of(plan, "screen")
+    old = [make_result(run, 0.3, checkpoint_hash="aaaaaaaaaaaa") for run in runs]
+    new = [make_result(run, 0.5, checkpoint_hash="bbbbbbbbbbbb") for run in runs if run.seed == 1]
+    Path("stories42M.pt").unlink()
+    for result in old + new:
+        add_result(FILES.results, result)
+    table = report_of(old + new)["screen: tiny on sst"]
+    assert table[1].startswith("| plain | 1 of 2 | .500 |")
 
 
 def test_the_report_says_where_its_figures_come_from(plan: Plan) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.quality.plan import Plan
+from benchmarks.quality.plan import Plan, read_plan
 from benchmarks.quality.runs import check_inputs, list_runs
 from beyond.command_line import get_args
 from beyond.options import FinetuneOptions
@@ -157,6 +157,15 @@ def test_bad_flags_are_refused(changed: Change, flags: str, message: str) -> Non
         runs_of(plan, "screen")
     expected = f"plan.toml: stage screen: tiny, sst, mean: {message}"
     assert str(caught.value).startswith(expected)
+
+
+def test_methods_that_a_rule_makes_the_same_are_no_mistake(place: Path) -> None:
+    """Label words of several tokens leave the recipe with a new head; a method may ask for one."""
+    plan, flags = Path("plan.toml"), "--recipe better --head linear"
+    text = plan.read_text().replace("--pooling mean --lr 1e-2", flags)
+    plan.write_text(text.replace('["plain", "better"]', '["plain", "better", "mean"]'))
+    _, better, mean, *_ = runs_of(read_plan(plan), "full")
+    assert better.flags == mean.flags
 
 
 def test_two_methods_that_are_the_same_are_refused(changed: Change) -> None:
