@@ -152,9 +152,9 @@ def hparams_summaries(hyperparameters: Mapping[str, str]) -> tuple[Any, Any, Any
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
     from torch.utils.tensorboard.summary import hparams
 
-    known = {**hyperparameters, "method": describe_method(hyperparameters)}
-    if "pooling" not in hyperparameters:  # of a task without methods
-        del known["method"]
+    known = dict(hyperparameters)
+    if "pooling" in known:  # so the task has methods
+        known["method"] = describe_method(hyperparameters)
     values = {name: known[name] for name in COMPARED if name in known}
     row = {name: float(v) if name in NUMBERS else v for name, v in values.items()}
     if row.get("dropout") == "None":
