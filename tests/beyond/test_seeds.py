@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -67,9 +68,12 @@ def test_only_seeds_that_are_asked_for_are_to_do(
 ) -> None:
     """The file of the accuracies may have others, of an earlier run."""
     left: list[int] = []
-    monkeypatch.setattr(
-        "beyond.seeds.expected_end", lambda times, number: left.append(number) or ""
-    )
+
+    def note_left(times: Sequence[float], number: int) -> str:
+        left.append(number)
+        return ""
+
+    monkeypatch.setattr("beyond.seeds.expected_end", note_left)
     argv = [*FINETUNE, "--epochs", "1", "--resume", "--seeds"]
     monkeypatch.setattr("run_llama.finetune", lambda options: (0.5, 0.4))
     assert main([*argv, "1,2,3"]) == 0
