@@ -6,15 +6,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+
 from beyond.formats.load import load_llama, load_tokenizer
 from beyond.methods.label_words import PromptTokenizer, problem_of_words
 from beyond.methods.pooling import cut_layers
-from beyond.methods.recipes import epochs, layer_decay, learning_rate
+from beyond.methods.randomness import preserve_random_state
+from beyond.methods.recipes import TOLERATED, epochs, layer_decay, learning_rate
 from beyond.options import FinetuneOptions
 from config import LlamaConfig
+from llama import Llama
 from utils import parse_example, read_label_names, read_lines
 
 BuildPrompt = Callable[[Sequence[str]], str]  # from the label words
+SENTENCES, TOKENS = 16, 32  # by which the rule judges dropout: how many, and of each at most
 
 
 def apply_rule(
@@ -39,14 +45,15 @@ def apply_rule(
         if Path(path).is_fifo():
             raise ValueError(f"--{split} {path}: --recipe reads it twice; give a file, not a pipe")
     values: dict[str, Any] = {}
-    rates = {"lr", "layer_decay"}.intersection(options.left_to_rule)
+    left = options.left_to_rule
+    rates = {"lr", "layer_decay"}.intersection(left)
     if options.layer_decay == 1:  # other flags exclude it
         rates.discard("layer_decay")
-    may_ask = "head" in options.left_to_rule and options.head == "label_words"
-    if rates or may_ask:
+    may_ask = "head" in left and options.head == "label_words"
+    if rates or may_ask or "dropout" in left:
         # The parameters are counted in the model and not in the file, whose size depends on the
         # dtype, and which may hold a matrix twice.
-        llama = load_llama(str(options.pretrained_model_path))
+        llama = load_llama(str(options.pretrained_model_path), options.causal, options.dropout)
         if options.pool_layer is not None:
             cut_layers(llama, options.pool_layer)
         parameters = sum(p.numel() for p in llama.parameters())
@@ -60,11 +67,53 @@ def apply_rule(
                 )
             say(f"recipe {options.recipe}: --head linear, since {problem}")
             values["head"] = "linear"
-    if "epochs" in options.left_to_rule:
-        values["epochs"] = epochs(Path(options.train).stat().st_size)
+        if "dropout" in left and (change := change_by_dropout(llama, options)) > TOLERATED:
+            say(
+                f"recipe {options.recipe}: no dropout, since it would change the model's "
+                f"predictions by {change:.1f} nats per token"
+            )
+            values["dropout"] = 0.0
+            if "hidden_dropout_prob" in left and values.get("head", options.head) == "label_words":
+                values["hidden_dropout_prob"] = 0.0
+    has_dropout = bool(values.get("dropout", options.dropout))
+    if "r_drop" in left and not has_dropout:
+        values["r_drop"] = 0.0  # two equal forward passes
+    if "epochs" in left:
+        values["epochs"] = epochs(Path(options.train).stat().st_size, has_dropout)
     options = replace(options, left_to_rule=(), **values)
     say(f"recipe {options.recipe}: {shlex.join(options.recipe_flags)}")
     return options
+
+
+@torch.no_grad()
+def change_by_dropout(llama: Llama, options: FinetuneOptions) -> float:
+    """Return how much dropout changes what a pretrained model predicts, in nats per token.
+
+    It is the mean of KL(p || q) over the next tokens of the first training sentences, with p the
+    model's probabilities without dropout and q those with it. A model that dropout changes much
+    cannot be fine-tuned with it: it loses what it has learned.
+
+    Args:
+        llama: with the dropout in question; in eval mode at the end.
+        options: of the run.
+    """
+    tokenizer = load_tokenizer(options.max_sentence_len, options.tokenizer_path)
+    if not tokenizer.fits(llama.config.vocab_size):
+        return 0.0  # the run will say so
+    lines = enumerate(read_lines(options.train)[:SENTENCES], start=1)
+    texts = [parse_example(line, options.train, number)[1] for number, line in lines]
+    total, count = 0.0, 0
+    with preserve_random_state():
+        torch.manual_seed(0)
+        for tokens in tokenizer.encode_batch(texts, bos=True, eos=False):
+            row = torch.tensor([tokens[: min(TOKENS, llama.config.max_seq_len)]])
+            p, q = (
+                llama.train(mode)(row, targets=row)[0].log_softmax(dim=-1) for mode in (False, True)
+            )
+            total += F.kl_div(q, p, reduction="sum", log_target=True).item()
+            count += row.numel()
+    llama.eval()
+    return total / max(count, 1)
 
 
 def problem_of_asking(

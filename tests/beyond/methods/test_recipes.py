@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +15,10 @@ from base_llama import read_checkpoint
 from beyond.command_line import get_args
 from beyond.formats.huggingface import write_huggingface
 from beyond.formats.llama2c import write_llama2c
-from beyond.methods.recipes import RECIPES, epochs, layer_decay, learning_rate
-from beyond.methods.rule import apply_rule
+from beyond.methods.recipes import RECIPES, RULED, epochs, layer_decay, learning_rate
+from beyond.methods.rule import apply_rule, change_by_dropout
 from beyond.options import FinetuneOptions, flags_of
+from llama import Llama
 from tests.beyond.runs import assert_equal, interrupt, run
 from tests.conftest import SENTENCES, make_llama, save_llama
 from tokenizer import Tokenizer
@@ -43,6 +45,11 @@ def options_of(*flags: str) -> FinetuneOptions:
 def resolve_rule(options: FinetuneOptions) -> FinetuneOptions:
     """Return options with what the rule decides."""
     return apply_rule(options, run_llama.build_prompt_suffix, lambda line: None)
+
+
+def without(*names: str) -> tuple[str, ...]:
+    """Return what is left to the rule if these flags are given."""
+    return tuple(name for name in RULED if name not in names)
 
 
 def texts_of(split: str) -> list[str]:
@@ -72,20 +79,20 @@ def test_a_recipe_sets_its_flags_and_no_other(workplace: Path, name: str) -> Non
     }
     filepath = f"output/task_3/cfimdb-finetune-{name}.pt"
     assert different == {**RECIPES[name], "recipe": name, "filepath": filepath}
-    assert options.left_to_rule == ("head", "layer_decay", "lr", "epochs") and options.notes == ()
+    assert options.left_to_rule == RULED and options.notes == ()
 
 
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
         (["--pooling", "last"], {"pooling": "last"}),
-        (["--layer_decay", "1"], {"layer_decay": 1.0, "left_to_rule": ("head", "lr", "epochs")}),
+        (["--layer_decay", "1"], {"layer_decay": 1.0, "left_to_rule": without("layer_decay")}),
         (["--no-causal"], {"causal": False}),
         (["--no-linear-decay"], {"linear_decay": False}),
-        (["--lr", "0.5"], {"lr": 0.5, "left_to_rule": ("head", "layer_decay", "epochs")}),
-        (["--epochs", "1"], {"epochs": 1, "left_to_rule": ("head", "layer_decay", "lr")}),
-        (["--head", "linear"], {"head": "linear", "left_to_rule": ("layer_decay", "lr", "epochs")}),
-        (["--epochs", "1", "--lr", "2e-5"], {"lr": 2e-5, "left_to_rule": ("head", "layer_decay")}),
+        (["--lr", "0.5"], {"lr": 0.5, "left_to_rule": without("lr")}),
+        (["--epochs", "1"], {"epochs": 1, "left_to_rule": without("epochs")}),
+        (["--head", "linear"], {"head": "linear", "left_to_rule": without("head")}),
+        (["--epochs", "1", "--lr", "2e-5"], {"lr": 2e-5, "left_to_rule": without("epochs", "lr")}),
     ],
 )
 def test_given_flags_override_the_recipe(
@@ -167,10 +174,10 @@ def test_the_lowest_layer_learns_at_a_quarter_of_the_rate() -> None:
 
 
 def test_more_text_gets_fewer_epochs() -> None:
-    assert epochs(0) == epochs(1) == epochs(500_000) == 10
-    assert epochs(936_994) == 5  # SST
-    assert epochs(1_629_241) == 3  # CFIMDB
-    assert epochs(10**9) == 1
+    assert epochs(0, True) == epochs(1, True) == epochs(500_000, True) == 10
+    assert epochs(10**9, True) == 1
+    for size, with_dropout, without_dropout in ((936_994, 5, 3), (1_629_241, 3, 2)):  # SST, CFIMDB
+        assert (epochs(size, True), epochs(size, False)) == (with_dropout, without_dropout)
 
 
 def test_label_words_of_several_tokens_are_not_the_head(
@@ -238,6 +245,68 @@ def test_a_pipe_cannot_be_read_twice(
     )
 
 
+def save_sensitive() -> None:
+    """Make a model in the default's place whose predictions change much by dropout."""
+    llama = make_llama(causal=False)
+    for parameter in llama.parameters():
+        parameter.data *= 3
+    save_llama(llama, Path("stories42M.pt"))
+
+
+def test_a_model_that_dropout_changes_much_is_trained_without_it(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And without R-Drop, which compares forward passes with different dropout."""
+    Path("many.txt").write_text("\n".join([SENTENCES[0]] * 30_000) + "\n")
+    flags = ["--train", "many.txt"]
+    tolerant = resolve_rule(options_of(*flags))
+    save_sensitive()
+    found = resolve_rule(options_of(*flags))
+    assert (tolerant.dropout, tolerant.hidden_dropout_prob, tolerant.r_drop) == (0.1, 0.3, 1.0)
+    assert (found.dropout, found.hidden_dropout_prob, found.r_drop) == (0.0, 0.0, 0.0)
+    linear = resolve_rule(options_of(*flags, "--head", "linear"))
+    assert (linear.dropout, linear.hidden_dropout_prob, linear.r_drop) == (0.0, 0.3, 0.0)
+    size = Path("many.txt").stat().st_size
+    assert found.epochs == epochs(size, False) < tolerant.epochs
+    status, out, err = run([*SHORT, "--epochs", "1"], capsys)
+    assert status == 0, err
+    note = r"better: no dropout, since it would change the model's predictions by [\d.]+ nats"
+    assert len(re.findall(note, out)) == 1
+    assert " --dropout 0.0 --r_drop 0.0 --hidden_dropout_prob 0.0 " in out
+
+
+def test_given_dropout_is_kept(workplace: Path) -> None:
+    save_sensitive()
+    for flags, expected in (
+        (["--dropout", "0.2"], (0.2, 0.3, 1.0)),
+        (["--r_drop", "0.5"], (0.0, 0.0, 0.5)),
+        (["--dropout", "0"], (0.0, 0.3, 0.0)),
+        (["--hidden_dropout_prob", "0.4"], (0.0, 0.4, 0.0)),
+    ):
+        options = resolve_rule(options_of(*flags))
+        assert (options.dropout, options.hidden_dropout_prob, options.r_drop) == expected
+
+
+def test_the_change_by_dropout_is_the_mean_divergence(workplace: Path) -> None:
+    """KL(p || q) for each next token, worked out by another formula; no global state changes."""
+    Path("two.txt").write_text("\n".join(SENTENCES[:2]) + "\n")
+    llama = make_llama(causal=True)
+    llama = Llama(replace(llama.config, dropout=0.3))
+    llama.eval()
+    before = torch.get_rng_state()
+    found = change_by_dropout(llama, options_of("--train", "two.txt"))
+    assert torch.equal(torch.get_rng_state(), before) and not llama.training
+    tokenizer, divergences = Tokenizer(None, "tokenizer.model"), []
+    torch.manual_seed(0)
+    for line in SENTENCES[:2]:
+        row = torch.tensor([tokenizer.encode(line.split(" ||| ")[1], True, False)])
+        with torch.no_grad():
+            p = llama.eval()(row, targets=row)[0].softmax(-1)
+            q = llama.train()(row, targets=row)[0].softmax(-1)
+        divergences += (p * (p / q).log()).sum(-1)[0].tolist()
+    assert found == pytest.approx(sum(divergences) / len(divergences), rel=1e-4) and found > 0
+
+
 def test_dropped_layers_do_not_count(workplace: Path) -> None:
     shape = {"dim": 480, "n_heads": 6, "n_kv_heads": 6}
     save_llama(make_llama(causal=False, n_layers=4, **shape), Path("large.pt"))
@@ -263,9 +332,9 @@ def test_the_rule_counts_parameters_and_bytes(workplace: Path) -> None:
     count = sum(p.numel() for p in larger.parameters())
     Path("many.txt").write_text("\n".join([SENTENCES[0]] * 30_000) + "\n")
     flags = ["--pretrained-model-path", "large.pt", "--tokenizer_path", "tokenizer.model"]
-    options = resolve_rule(options_of(*flags, "--train", "many.txt"))
+    options = resolve_rule(options_of(*flags, "--train", "many.txt", "--dropout", "0.1"))
     size = Path("many.txt").stat().st_size
-    assert (options.lr, options.epochs) == (learning_rate(count), epochs(size)) and size > 6e5
+    assert (options.lr, options.epochs) == (learning_rate(count), epochs(size, True)) and size > 6e5
     assert options.lr < 3e-4  # not the limit
 
 
@@ -290,12 +359,15 @@ def test_the_rule_reads_checkpoints_of_other_projects(workplace: Path) -> None:
 def test_every_model_and_data_set_gets_a_usable_rate_and_epochs(parameters: int, size: int) -> None:
     assert 1e-5 <= learning_rate(parameters) <= 3e-4
     assert learning_rate(2 * parameters) <= learning_rate(parameters)
-    assert 1 <= epochs(2 * size) <= epochs(size) <= 10
+    for dropout in (True, False):
+        assert 1 <= epochs(2 * size, dropout) <= epochs(size, dropout) <= 10
+    assert epochs(size, False) <= epochs(size, True)
 
 
 def test_given_values_are_kept(workplace: Path) -> None:
     """The checkpoint is not read then."""
-    options = options_of("--lr", "0.5", "--epochs", "7", "--layer_decay", "0.6", "--head", "linear")
+    flags = ["--lr", "0.5", "--epochs", "7", "--layer_decay", "0.6", "--head", "linear"]
+    options = options_of(*flags, "--dropout", "0.2")
     Path("stories42M.pt").unlink()
     assert resolve_rule(options) == replace(options, left_to_rule=())
 
@@ -316,7 +388,7 @@ def test_the_printed_flags_give_the_same_run(
     flags = printed_recipe(out)
     expected = ["--causal", "--head", "label_words", "--warmup", "0.06", "--linear_decay"]
     expected += ["--layer_decay", "0.5", "--dropout", "0.1", "--r_drop", "1.0"]
-    expected += ["--lr", "0.0003", "--epochs", "2"]
+    expected += ["--hidden_dropout_prob", "0.3", "--lr", "0.0003", "--epochs", "2"]
     assert flags == expected
     by_recipe = read_checkpoint("out/a.pt")
     plain = [word for word in SHORT if word not in ("--recipe", "better")]
