@@ -49,8 +49,8 @@ RULED = ("head", "layer_decay", "dropout", "hidden_dropout_prob", "r_drop", "lr"
 RATE, RATE_PARAMETERS = 2e-4, 5.5e6  # the rate of a model of this size
 LOWEST_RATE, HIGHEST_RATE = 1e-5, 3e-4
 LOWEST_LAYER = 0.25  # its share of the learning rate
-# Nats per token by which dropout may change the predictions. It is .4 for the demo's model and .8 for
-# stories260K, but 4.6 for SmolLM2-135M, which then learns nothing.
+# Nats per token by which dropout may change the predictions. It is .4 for the demo's model and .8
+# for stories260K, but 4.6 for SmolLM2-135M, which then learns nothing.
 TOLERATED = 1.0
 # Bytes of text that a run reads with and without dropout, if that takes from 1 to MOST_EPOCHS
 # epochs. Without it a model overfits sooner.
