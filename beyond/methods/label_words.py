@@ -17,8 +17,8 @@ Differs from the paper in:
 - the prompt is the zero-shot one without its trailing space. With it, Llama's tokenizer makes the
   space a token of its own, and the token after that is not the label word, which has its own
   space before it;
-- dropout (`--hidden_dropout_prob`) acts on h, as before the linear head. A larger model may not
-  stand it: of SmolLM2-135M it hides what the label words' rows tell, so give 0 there.
+- dropout (`--hidden_dropout_prob`) acts on h, as before the linear head. With some models it
+  changes the scores so much that nothing is learned; SmolLM2-135M needs 0.
 """
 
 import itertools

@@ -44,45 +44,58 @@ def apply_rule(
     for split, path in options.data_files.items():
         if Path(path).is_fifo():
             raise ValueError(f"--{split} {path}: --recipe reads it twice; give a file, not a pipe")
-    values: dict[str, Any] = {}
+    left = options.left_to_rule
+    values = values_by_model(options, build_prompt, say)
+    head, dropout = (values.get(name, getattr(options, name)) for name in ("head", "dropout"))
+    if "hidden_dropout_prob" in left and "dropout" in values and head == "label_words":
+        values["hidden_dropout_prob"] = 0.0
+    if "r_drop" in left and not dropout:
+        values["r_drop"] = 0.0  # two equal forward passes
+    if "epochs" in left:
+        values["epochs"] = epochs(Path(options.train).stat().st_size, bool(dropout))
+    options = replace(options, left_to_rule=(), **values)
+    say(f"recipe {options.recipe}: {shlex.join(options.recipe_flags)}")
+    return options
+
+
+def values_by_model(
+    options: FinetuneOptions, build_prompt: BuildPrompt, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Return those values that the rule takes from the model, which is read only if they need it.
+
+    `head` and `dropout` are among them only if the recipe's own cannot be used. The arguments and
+    the errors are those of `apply_rule`.
+    """
     left = options.left_to_rule
     rates = {"lr", "layer_decay"}.intersection(left)
     if options.layer_decay == 1:  # other flags exclude it
         rates.discard("layer_decay")
     may_ask = "head" in left and options.head == "label_words"
-    if rates or may_ask or "dropout" in left:
-        # The parameters are counted in the model and not in the file, whose size depends on the
-        # dtype, and which may hold a matrix twice.
-        llama = load_llama(str(options.pretrained_model_path), options.causal, options.dropout)
-        if options.pool_layer is not None:
-            cut_layers(llama, options.pool_layer)
-        parameters = sum(p.numel() for p in llama.parameters())
-        found = {"lr": learning_rate(parameters), "layer_decay": layer_decay(llama.config.n_layers)}
-        values |= {name: found[name] for name in rates}
-        if may_ask and (problem := problem_of_asking(options, build_prompt, llama.config)):
-            if options.wise_ft != 1:
-                raise ValueError(
-                    f"--wise_ft {options.wise_ft}: needs --head label_words, but {problem}; leave "
-                    "--wise_ft out"
-                )
-            say(f"recipe {options.recipe}: --head linear, since {problem}")
-            values["head"] = "linear"
-        if "dropout" in left and (change := change_by_dropout(llama, options)) > TOLERATED:
-            say(
-                f"recipe {options.recipe}: no dropout, since it would change the model's "
-                f"predictions by {change:.1f} nats per token"
+    if not rates and not may_ask and "dropout" not in left:
+        return {}
+    # The parameters are counted in the model and not in the file, whose size depends on the dtype,
+    # and which may hold a matrix twice.
+    llama = load_llama(str(options.pretrained_model_path), options.causal, options.dropout)
+    if options.pool_layer is not None:
+        cut_layers(llama, options.pool_layer)
+    parameters = sum(p.numel() for p in llama.parameters())
+    found = {"lr": learning_rate(parameters), "layer_decay": layer_decay(llama.config.n_layers)}
+    values: dict[str, Any] = {name: found[name] for name in rates}
+    if may_ask and (problem := problem_of_asking(options, build_prompt, llama.config)):
+        if options.wise_ft != 1:
+            raise ValueError(
+                f"--wise_ft {options.wise_ft}: needs --head label_words, but {problem}; leave "
+                "--wise_ft out"
             )
-            values["dropout"] = 0.0
-            if "hidden_dropout_prob" in left and values.get("head", options.head) == "label_words":
-                values["hidden_dropout_prob"] = 0.0
-    has_dropout = bool(values.get("dropout", options.dropout))
-    if "r_drop" in left and not has_dropout:
-        values["r_drop"] = 0.0  # two equal forward passes
-    if "epochs" in left:
-        values["epochs"] = epochs(Path(options.train).stat().st_size, has_dropout)
-    options = replace(options, left_to_rule=(), **values)
-    say(f"recipe {options.recipe}: {shlex.join(options.recipe_flags)}")
-    return options
+        say(f"recipe {options.recipe}: --head linear, since {problem}")
+        values["head"] = "linear"
+    if "dropout" in left and (change := change_by_dropout(llama, options)) > TOLERATED:
+        say(
+            f"recipe {options.recipe}: no dropout, since it would change the model's predictions "
+            f"by {change:.1f} nats per token"
+        )
+        values["dropout"] = 0.0
+    return values
 
 
 @torch.no_grad()
