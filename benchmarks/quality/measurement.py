@@ -88,14 +88,14 @@ class Measurement:
         self.check_flags()
 
     def with_newest_hash(self, run: Run) -> Run:
-        """Return a run whose checkpoint is not here as one of the checkpoint last measured.
+        """Return a run with a checkpoint's hash: the last one measured, if the file is not here.
 
         So results of two checkpoints of the same name are never mixed.
         """
         hashes = [r.checkpoint_hash for r in self.results if r.checkpoint == run.checkpoint]
-        return (
-            run if run.checkpoint_hash or not hashes else replace(run, checkpoint_hash=hashes[-1])
-        )
+        if run.checkpoint_hash or not hashes:
+            return run
+        return replace(run, checkpoint_hash=hashes[-1])
 
     def check_flags(self) -> None:
         """Raise ValueError if a method of the plan has results with other flags."""

@@ -52,7 +52,7 @@ class Measured:
 
 @dataclass
 class Usage:
-    """The commits at which a run went on, and its time and peak memory over all its processes.
+    """The commits at which a run began or was resumed, and its time and peak memory in all.
 
     They are noted in a file, so that an interrupted run loses at most `SAVE` seconds of its time.
     """

@@ -20,7 +20,7 @@ class Result:
     """One line of the file: which run it was, where it ran, and what came out."""
 
     date: str  # of its end, UTC
-    commit: str  # of this repository, with + if files differed from it; a resumed run may have two
+    commit: str  # of this repository, with + if files differed; a resumed run may have several
     machine: str  # the processor
     threads: int
     checkpoint: str
