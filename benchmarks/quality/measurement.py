@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+import torch
+
 from benchmarks.machine import processor
 from benchmarks.quality.plan import Plan, read_plan
 from benchmarks.quality.process import Measured
@@ -69,6 +71,8 @@ def waiting_lock(path: Path) -> Iterator[None]:
 class Measurement:
     """A plan, its runs by stage, and the results so far.
 
+    PyTorch has the plan's number of threads afterwards, in this process too.
+
     Args:
         files: of the plan.
 
@@ -80,6 +84,7 @@ class Measurement:
     def __init__(self, files: Files) -> None:
         self.files = files
         self.plan: Plan = read_plan(files.plan)
+        torch.set_num_threads(self.plan.threads)  # a recipe's rule computes with the model
         self.results = read_results(files.results)
         self.runs = {
             stage.name: [self.with_newest_hash(run) for run in list_runs(self.plan, stage)]

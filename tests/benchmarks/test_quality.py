@@ -24,9 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import benchmarks.machine
 import benchmarks.quality.process
+import benchmarks.quality.runs
+import beyond.methods.rule
 import run_llama
 from benchmarks.quality.__main__ import main
 from benchmarks.quality.estimate import Estimator
@@ -35,6 +38,7 @@ from benchmarks.quality.process import RunClaimed, RunFailed, Usage, claimed
 from benchmarks.quality.results import Result, add_result, current_commit, read_results
 from benchmarks.quality.runs import Run
 from beyond.interrupts import Interrupted
+from beyond.options import FinetuneOptions
 from tests.benchmarks.conftest import make_result, runs_of
 from tests.beyond.runs import interrupt
 from tests.conftest import ROOT, make_llama, save_llama
@@ -174,6 +178,25 @@ def test_listing_and_reporting_run_nothing(
     assert (status, out) == (0, ["wrote plan.md"])
     assert "No run of this plan is complete yet." in REPORT.read_text()
     assert not started
+
+
+def test_a_recipes_rule_is_computed_with_the_threads_of_the_plan(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside another measurement, more threads than that would make both slower."""
+    seen = []
+
+    def apply_rule(*arguments: Any) -> FinetuneOptions:
+        seen.append(torch.get_num_threads())
+        return beyond.methods.rule.apply_rule(*arguments)
+
+    monkeypatch.setattr(benchmarks.quality.runs, "apply_rule", apply_rule)
+    torch.set_num_threads(2)
+    try:
+        assert measure(capsys, "--list")[0] == 0
+    finally:
+        torch.set_num_threads(1)
+    assert set(seen) == {1}
 
 
 def test_a_method_whose_flags_have_changed_is_refused(
