@@ -31,12 +31,11 @@ class Estimator:
     Args:
         results: those of earlier runs; those of other machines are not used.
         machine: the processor.
-        threads: of each run.
+        threads: of each run, and of PyTorch in this process.
     """
 
     def __init__(self, results: Iterable[Result], machine: str, threads: int) -> None:
         self.results = [r for r in results if (r.machine, r.threads) == (machine, threads)]
-        self.threads = threads
         self.timed: dict[tuple[str, str, Cost], tuple[float, float]] = {}
 
     def add(self, result: Result) -> None:
@@ -59,7 +58,7 @@ class Estimator:
         key = run.checkpoint, run.data, cost_of(run.flags)
         if key not in self.timed:
             try:
-                self.timed[key] = time_steps(run.options, self.threads)
+                self.timed[key] = time_steps(run.options)
             except ValueError:  # a flag does not fit the model; the run itself says so
                 return START, FAILING
         train, evaluate = self.timed[key]

@@ -20,7 +20,7 @@ from utils import parse_example, read_label_names, read_lines
 ROUNDS, ENOUGH = 3, 5.0  # repetitions, and seconds after which there is no further one
 
 
-def time_steps(options: FinetuneOptions, threads: int) -> tuple[float, float]:
+def time_steps(options: FinetuneOptions) -> tuple[float, float]:
     """Time a training step and an evaluation of its sentences.
 
     In reference mode the sentences are taken from all over the training file. In causal mode, which
@@ -29,12 +29,10 @@ def time_steps(options: FinetuneOptions, threads: int) -> tuple[float, float]:
 
     Args:
         options: of a run.
-        threads: CPU threads of PyTorch.
 
     Returns:
         Seconds of training, and of evaluation, per sentence.
     """
-    torch.set_num_threads(threads)
     with contextlib.redirect_stdout(io.StringIO()):
         llama, tokenizer, runtime = load_model(options, options.dropout)
     rows = min(options.batch_size, options.micro_batch_size or options.batch_size)

@@ -52,7 +52,7 @@ def test_the_steps_of_a_method_are_timed(
         return compute_hidden(self, *args, **kwargs)
 
     monkeypatch.setattr(Llama, "compute_hidden", count)
-    train, evaluate = time_steps(run.options, threads=1)
+    train, evaluate = time_steps(run.options)
     assert 0 < train < 10 and 0 < evaluate < 10  # of a tiny model
     assert calls[True] == passes * calls[False] > 0
 
