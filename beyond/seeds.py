@@ -1,6 +1,7 @@
 """Several seeds: fine-tune once with each, and report mean and standard deviation."""
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +34,7 @@ def run_seeds(options: FinetuneOptions, finetune: Finetune, build_prompt: BuildP
     settings = {k: v for k, v in options.hyperparameters().items() if k != "seed"}
     settings |= {f"SHA-256 of {path}": fingerprint(path) for path in options.input_files}
     path = options.seeds_file
-    accuracies: dict[str, list[float]] = {}
+    accuracies: dict[str, list[float | None]] = {}
     if options.resume and path.exists():
         accuracies = broadcast_object(lambda: read_accuracies(path, settings))
     total, times = len(options.seeds), list[float]()  # in seconds, of the runs of this process
@@ -43,7 +44,8 @@ def run_seeds(options: FinetuneOptions, finetune: Finetune, build_prompt: BuildP
             left = sum(str(other) not in accuracies for other in options.seeds)
             print(f"seed {seed}: run {number} of {total}{expected_end(times, left)}")
             start = time.monotonic()
-            accuracies[str(seed)] = list(finetune(seed_options))
+            pair = finetune(seed_options)
+            accuracies[str(seed)] = [None if math.isnan(acc) else acc for acc in pair]
             times.append(time.monotonic() - start)
         done = [accuracies[str(seed)] for seed in options.seeds if str(seed) in accuracies]
         summary = {split: summarise([pair[i] for pair in done]) for i, split in SPLITS}
@@ -52,7 +54,8 @@ def run_seeds(options: FinetuneOptions, finetune: Finetune, build_prompt: BuildP
                 json.dump({"settings": settings, "accuracy": accuracies, **summary}, file, indent=2)
     for split, values in summary.items():
         mean, deviation = values.values()
-        print(f"{split} acc over {len(done)} seeds :: {mean:.3f} +- {deviation:.3f}")
+        found = "n/a" if mean is None else f"{mean:.3f} +- {deviation:.3f}"
+        print(f"{split} acc over {len(done)} seeds :: {found}")
     print(f"Wrote the accuracies to {path}.")
 
 
@@ -69,14 +72,22 @@ def expected_end(times: Sequence[float], left: int) -> str:
     return f"; the last one ends about {end:%a %H:%M}"
 
 
-def summarise(values: Sequence[float]) -> dict[str, float]:
-    """Return mean and standard deviation (of the sample; 0 for a single value)."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return {"mean": statistics.fmean(values), "standard deviation": deviation}
+def summarise(values: Sequence[float | None]) -> dict[str, float | None]:
+    """Return mean and standard deviation (of the sample; 0 for a single value).
+
+    Both are None if a value is, which is the accuracy on a file without labels.
+    """
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return {"mean": None, "standard deviation": None}
+    deviation = statistics.stdev(known) if len(known) > 1 else 0.0
+    return {"mean": statistics.fmean(known), "standard deviation": deviation}
 
 
-def read_accuracies(path: Path, settings: Mapping[str, str]) -> dict[str, list[float]]:
+def read_accuracies(path: Path, settings: Mapping[str, str]) -> dict[str, list[float | None]]:
     """Read the accuracies on dev and test, by seed, that `run_seeds` has written.
+
+    An accuracy is None if the file has no labels.
 
     Raises:
         ValueError: `run_seeds` did not write the file, or wrote it for other settings.
@@ -84,7 +95,7 @@ def read_accuracies(path: Path, settings: Mapping[str, str]) -> dict[str, list[f
     try:
         content: Any = json.loads(path.read_bytes())
         accuracies = {
-            str(seed): [float(dev), float(test)]
+            str(seed): [None if acc is None else float(acc) for acc in (dev, test)]
             for seed, (dev, test) in content["accuracy"].items()
         }
         saved = dict(content["settings"])

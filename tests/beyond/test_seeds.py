@@ -12,6 +12,7 @@ import pytest
 from base_llama import read_checkpoint
 from run_llama import main
 from tests.beyond.runs import FINETUNE, assert_equal, interrupt, run
+from tests.conftest import SENTENCES
 
 
 def titles(out: str) -> list[str]:
@@ -61,6 +62,26 @@ def test_seeds_are_summed_up_and_resumed(
     assert titles(out) == ["seed 2: run 2 of 3", "seed 3: run 3 of 3; ..."]
     again = json.loads(Path("out/a.seeds.json").read_text())
     assert again == written
+
+
+def test_seeds_of_a_test_file_without_labels(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There is no accuracy on test to sum up; that on dev is not lost."""
+    path = Path("data/cfimdb-test.txt")
+    path.write_text("".join(f"-1 ||| {line.split(' ||| ')[1]}\n" for line in SENTENCES))
+    argv = [*FINETUNE, "--epochs", "1", "--seeds", "1,2"]
+    results = Path("out/a.seeds.json")
+    for flags in ([], ["--resume"]):
+        status, out, err = run([*argv, *flags], capsys)
+        assert (status, err) == (0, "")
+        assert "test acc over 2 seeds :: n/a\n" in out
+        assert re.search(r"^dev acc over 2 seeds :: \.?\d\.\d{3} \+- ", out, re.MULTILINE)
+        content = results.read_text()
+        assert "NaN" not in content  # which is not JSON
+        written = json.loads(content)
+        assert written["test"] == {"mean": None, "standard deviation": None}
+        assert [test for _, test in written["accuracy"].values()] == [None, None]
 
 
 def test_only_seeds_that_are_asked_for_are_to_do(
