@@ -414,8 +414,9 @@ def check_files(options: Options) -> None:
     Raises:
         OSError: for the first file that is missing, cannot be written, or is being written by
             another process.
-        ValueError: generate or classify runs under torchrun, a dev file is a training file, the
-            result is an input, or the training checkpoint of an unfinished run exists.
+        ValueError: generate or classify runs under torchrun, training would read a pipe, a dev file
+            is a training file, the result is an input, or the training checkpoint of an unfinished
+            run exists.
     """
     if isinstance(options, GenerateOptions | ClassifyOptions) and environment("WORLD_SIZE") > 1:
         raise ValueError(
@@ -428,6 +429,11 @@ def check_files(options: Options) -> None:
             if (advice := advise_on_missing(path)) is None:
                 raise
             raise FileNotFoundError(f"{path}: no such file; {advice}") from None
+        if isinstance(options, TrainingOptions) and Path(path).is_fifo():
+            raise ValueError(
+                f"{path}: is a pipe, which can be read only once; training reads its files more "
+                "than once, so give a file"
+            )
     if isinstance(options, PretrainOptions):
         check_held_out(options.train, options.dev)
     if isinstance(options, ClassifyOptions):

@@ -41,16 +41,13 @@ def apply_rule(
     """
     if options.recipe is None:
         return options
-    for split, path in options.data_files.items():
-        if Path(path).is_fifo():
-            raise ValueError(f"--{split} {path}: --recipe reads it twice; give a file, not a pipe")
     left = options.left_to_rule
     values = values_by_model(options, build_prompt, say)
     head, dropout = (values.get(name, getattr(options, name)) for name in ("head", "dropout"))
     if "hidden_dropout_prob" in left and "dropout" in values and head == "label_words":
         values["hidden_dropout_prob"] = 0.0
     if "r_drop" in left and not dropout:
-        values["r_drop"] = 0.0  # two equal forward passes
+        values["r_drop"] = 0.0  # it was only tried together with dropout in the layers
     if "epochs" in left:
         values["epochs"] = epochs(Path(options.train).stat().st_size, bool(dropout))
     options = replace(options, left_to_rule=(), **values)

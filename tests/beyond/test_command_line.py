@@ -434,6 +434,21 @@ def refusals() -> dict[str, tuple[list[str], str]]:
     }
 
 
+@pytest.mark.parametrize("flag", ["--train", "--dev", "--test", "--tokenizer_path"])
+@pytest.mark.parametrize("recipe", [[], ["--recipe", "better"]], ids=["plain", "recipe"])
+def test_training_refuses_a_pipe(
+    workplace: Path, capsys: pytest.CaptureFixture[str], flag: str, recipe: list[str]
+) -> None:
+    """It reads each file more than once, so it would wait for ever."""
+    os.mkfifo("pipe")
+    status, _, err = run([*FINETUNE, *recipe, flag, "pipe"], capsys)
+    assert (status, err) == (
+        2,
+        "run_llama.py: error: pipe: is a pipe, which can be read only once; training reads its "
+        "files more than once, so give a file\n",
+    )
+
+
 @pytest.mark.parametrize("name", refusals())
 def test_a_mistake_is_one_line_and_status_2(
     workplace: Path, capsys: pytest.CaptureFixture[str], name: str

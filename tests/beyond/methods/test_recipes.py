@@ -1,7 +1,6 @@
 """`--recipe`: which flags it stands for, what overrides it, its rule, and its results."""
 
 import json
-import os
 import re
 import shlex
 from dataclasses import replace
@@ -231,18 +230,6 @@ def test_sentences_that_do_not_fit_with_the_prompt_get_a_new_head(
     assert resolve_rule(options_of(*flags)).head == "linear"
     # A sentence may be cut off; the prompt is not.
     assert resolve_rule(options_of(*flags, "--max_sentence_len", "1")).head == "label_words"
-
-
-@pytest.mark.parametrize("split", ["train", "dev", "test"])
-def test_a_pipe_cannot_be_read_twice(
-    workplace: Path, split: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    os.mkfifo("pipe")
-    status, _, err = run([*BETTER, f"--{split}", "pipe"], capsys)
-    assert (status, err.splitlines()[-1]) == (
-        2,
-        f"run_llama.py: error: --{split} pipe: --recipe reads it twice; give a file, not a pipe",
-    )
 
 
 def save_sensitive() -> None:
