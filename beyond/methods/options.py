@@ -200,15 +200,15 @@ class MethodOptions:
                 "--bregman and --mixout: the penalty would measure what mixout does in a step; "
                 "leave one out"
             )
-        if self.wise_ft != 1 and self.head != "label_words":
-            raise ValueError(
-                f"--wise_ft {self.wise_ft}: needs --head label_words, because it mixes with the "
-                "zero-shot classifier"
-            )
         if self.wise_ft != 1 and self.lora_rank:
             raise ValueError(
                 "--wise_ft and --lora_rank: LoRA freezes the weights that WiSE-FT would mix; leave "
                 "one out"
+            )
+        if self.wise_ft != 1 and self.head != "label_words":
+            raise ValueError(
+                f"--wise_ft {self.wise_ft}: needs --head label_words, because it mixes with the "
+                "zero-shot classifier"
             )
         if self.head == "label_words":
             if self.freeze_backbone:

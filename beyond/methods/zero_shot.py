@@ -86,11 +86,19 @@ def calibrate(
         tokenizer: of the model.
         suffix: the prompt that follows a sentence.
         device: of the classifier.
+
+    Raises:
+        ValueError: an input without content and the prompt together are too long for the model.
     """
     log_probs = []
     for text in CONTENT_FREE:
         tokens = torch.tensor([tokenizer.encode(text + suffix, bos=True, eos=False)])
-        scores = classifier(tokens.to(device), torch.tensor([tokens.shape[1]], device=device))
+        try:
+            scores = classifier(tokens.to(device), torch.tensor([tokens.shape[1]], device=device))
+        except ValueError as error:
+            raise ValueError(
+                f"--calibrate: with {text!r} as the sentence, {error}; leave --calibrate out"
+            ) from None
         log_probs.append(scores[0].log_softmax(dim=-1))
     log_prior = torch.stack(log_probs).logsumexp(dim=0) - math.log(len(CONTENT_FREE))
     return CalibratedClassifier(classifier, log_prior)

@@ -101,6 +101,11 @@ def test_a_resumed_run_mixes_in_the_pretrained_weights(
             "--wise_ft and --lora_rank: LoRA freezes the weights that WiSE-FT would mix; leave "
             "one out",
         ),
+        (
+            ["--wise_ft", "0.5", "--lora_rank", "2", "--recipe", "better"],
+            "--wise_ft and --lora_rank: LoRA freezes the weights that WiSE-FT would mix; leave "
+            "one out",
+        ),
     ],
 )
 def test_bad_flags_are_one_line(

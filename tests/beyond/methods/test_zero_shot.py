@@ -16,7 +16,7 @@ from llama import load_pretrained
 from run_llama import main
 from tests.beyond.methods.conftest import PROMPT, WORDS
 from tests.beyond.runs import Job, RunForks, copy_of
-from tests.conftest import SENTENCES, make_llama, pad_rows
+from tests.conftest import SENTENCES, make_llama, pad_rows, save_llama
 from tests.test_run_llama import predicted, run
 from tokenizer import Tokenizer
 
@@ -131,6 +131,31 @@ def test_without_the_flag_nothing_is_calibrated(
     assert main(ZERO_SHOT) == 0
     with pytest.raises(TypeError):
         main([*ZERO_SHOT, "--calibrate"])
+
+
+def test_a_prompt_without_content_that_is_too_long_is_one_line(
+    word_workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every sentence of the data fits."""
+    tokenizer = Tokenizer()
+    sizes = {
+        text: len(tokenizer.encode(f"{text}{PROMPT} ", bos=True, eos=False))
+        for text in ("N/A", "a")
+    }
+    assert sizes["a"] < sizes["N/A"]
+    llama = make_llama(causal=True, max_seq_len=sizes["N/A"] - 1)
+    save_llama(llama, Path("stories42M.pt"))
+    for split in ("dev", "test"):
+        Path(f"data/cfimdb-{split}.txt").write_text("0 ||| a\n")
+    status, _, err = run(ZERO_SHOT, capsys)
+    assert status == 0, err
+    status, _, err = run([*ZERO_SHOT, "--calibrate"], capsys)
+    assert (status, err) == (
+        2,
+        "run_llama.py: error: --calibrate: with 'N/A' as the sentence, a sequence of "
+        f"{sizes['N/A']} tokens is longer than max_seq_len={sizes['N/A'] - 1}; leave --calibrate "
+        "out\n",
+    )
 
 
 def test_calibration_in_several_processes(run_forks: RunForks, word_workplace: Path) -> None:
