@@ -118,7 +118,9 @@ def make_run(plan: Plan, stage: Stage, checkpoint: str, data: str, method: str) 
     files = [options.label_names, options.train, options.dev]
     data_here = all(map(is_file, files))
     if model_here and data_here:
-        with contextlib.suppress(FileNotFoundError):  # `check_inputs` says which one
+        # `check_inputs` says which file is missing; a flag that does not fit the model or the data
+        # fails the run alone, which says so.
+        with contextlib.suppress(FileNotFoundError, ValueError):
             options = apply_rule(options, build_prompt_suffix, lambda line: None)
     return Run(
         checkpoint=checkpoint,

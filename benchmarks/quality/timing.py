@@ -9,9 +9,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from beyond.methods.checkpoints import input_tokenizer
-from beyond.methods.method import build_method
+from beyond.methods.method import build_method, sum_of_losses
 from beyond.options import FinetuneOptions
-from beyond.runtime import load_model
+from beyond.processes import backward_in_micro_batches
+from beyond.runtime import load_model, prepare_model
 from classifier import ClassifierConfig, LlamaEmbeddingClassifier
 from optimizer import AdamW
 from run_llama import build_prompt_suffix, classification_loss
@@ -21,7 +22,7 @@ ROUNDS, ENOUGH = 3, 5.0  # repetitions, and seconds after which there is no furt
 
 
 def time_steps(options: FinetuneOptions) -> tuple[float, float]:
-    """Time a training step and an evaluation of its sentences.
+    """Time a training step, which may have several micro-batches, and an evaluation of its batch.
 
     In reference mode the sentences are taken from all over the training file. In causal mode, which
     groups sentences by length, they are some of average length. Of up to `ROUNDS` repetitions,
@@ -32,41 +33,47 @@ def time_steps(options: FinetuneOptions) -> tuple[float, float]:
 
     Returns:
         Seconds of training, and of evaluation, per sentence.
+
+    Raises:
+        ValueError: a flag does not fit the model, or a line of the training file is not labelled
+            with one of the labels.
     """
     with contextlib.redirect_stdout(io.StringIO()):
         llama, tokenizer, runtime = load_model(options, options.dropout)
-    rows = min(options.batch_size, options.micro_batch_size or options.batch_size)
     label_names = read_label_names(options.label_names)
     path, dropout = str(options.pretrained_model_path), options.hidden_dropout_prob
     config = ClassifierConfig(len(label_names), path, dropout, option="finetune")
     classifier = LlamaEmbeddingClassifier(config, llama, label_names, tokenizer)
     prompt = build_prompt_suffix(label_names)
     method = build_method(options, classifier, classification_loss, prompt).train()
+    prepare_model(method.classifier, runtime, compile_layers=False)
     tokenizer = input_tokenizer(method.classifier, tokenizer)
     optimizer = AdamW(method.parameter_groups(), lr=options.lr)
     lines = read_lines(options.train)
-    numbers = choose_lines(lines, min(rows, len(lines)), by_length=runtime.causal)
+    numbers = choose_lines(lines, min(options.batch_size, len(lines)), by_length=runtime.causal)
     examples = [parse_example(lines[i], options.train, i + 1) for i in numbers]
+    if bad := {label for label, _ in examples} - set(range(len(label_names))):
+        raise ValueError(f"{options.train}: label {min(bad)} is not among those of the data set")
     longest = llama.config.max_seq_len
     encoded = [tokenizer.encode(text, bos=True, eos=False)[:longest] for _, text in examples]
     tokens = pad_sequence([torch.tensor(ids) for ids in encoded], True, tokenizer.pad_id)
     lengths = torch.tensor([len(ids) for ids in encoded])
     labels = torch.tensor([label for label, _ in examples])
+    batch = tokens, lengths, labels, torch.tensor(numbers)
 
     def train() -> None:
         method.begin_step(0, 1)
         optimizer.zero_grad()
-        with runtime.autocast():
-            loss = method(tokens, lengths, labels, torch.tensor(numbers))
-        loss.backward()
+        backward_in_micro_batches(
+            sum_of_losses, method, batch, options.batch_size, options.micro_batch_size
+        )
         method.before_update(optimizer)
         optimizer.step()
         method.after_update()
 
     @torch.inference_mode()
     def evaluate() -> None:
-        with runtime.autocast():
-            method.classifier.eval()(tokens, lengths)
+        method.classifier.eval()(tokens, lengths)
 
     seconds = []
     for work in (train, evaluate):

@@ -1,15 +1,28 @@
 """Estimates of time: what is timed, and how durations are shown."""
 
+import itertools
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import Tensor
 
-from benchmarks.quality.estimate import cost_of, seconds_per_sentence, show_duration
+from benchmarks.quality import estimate, timing
+from benchmarks.quality.estimate import (
+    FAILING,
+    START,
+    STEP,
+    Estimator,
+    cost_of,
+    seconds_per_sentence,
+    show_duration,
+)
 from benchmarks.quality.plan import Plan
 from benchmarks.quality.timing import choose_lines, time_steps
 from llama import Llama
+from optimizer import AdamW
 from tests.benchmarks.conftest import make_result, runs_of
 
 
@@ -55,6 +68,54 @@ def test_the_steps_of_a_method_are_timed(
     train, evaluate = time_steps(run.options)
     assert 0 < train < 10 and 0 < evaluate < 10  # of a tiny model
     assert calls[True] == passes * calls[False] > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "passes", "rows"),
+    [({}, 1, 3), ({"micro_batch_size": 2}, 2, 3), ({"batch_size": 100}, 1, 8)],
+    ids=["batch", "micro-batches", "file"],
+)
+def test_a_step_is_that_of_a_whole_batch(
+    plan: Plan, flags: dict[str, Any], passes: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a clock that ticks at each forward pass and each update, and tells the seconds."""
+    run = next(run for run in runs_of(plan, "full") if run.method == "plain")
+    ticks = itertools.count()
+    now = [float(next(ticks))]
+    compute_hidden, step = Llama.compute_hidden, AdamW.step
+
+    def forward(self: Llama, *args: Any, **kwargs: Any) -> Tensor:
+        now[0] += 10 if self.training else 1
+        return compute_hidden(self, *args, **kwargs)
+
+    def update(self: AdamW, *args: Any) -> Any:
+        assert all(p.grad is not None for group in self.param_groups for p in group["params"])
+        now[0] += 100
+        return step(self, *args)
+
+    monkeypatch.setattr(Llama, "compute_hidden", forward)
+    monkeypatch.setattr(AdamW, "step", update)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    train, evaluate = time_steps(replace(run.options, **flags))
+    assert train == (10 * passes + 100) / rows and evaluate == 1 / rows
+
+
+def test_seconds_without_an_earlier_run(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two epochs of 8 sentences; each evaluates them and the 8 of dev, the end dev and test."""
+    run = next(run for run in runs_of(plan, "full") if (run.data, run.method) == ("sst", "plain"))
+    monkeypatch.setattr(estimate, "time_steps", lambda options: (3.0, 0.5))
+    evaluated = 2 * (8 + 8) + (8 + 8)
+    expected = START + 2 * 8 * 3 + evaluated * 0.5
+    assert Estimator([], "a processor", 1).seconds(run) == (expected, STEP)
+
+
+@pytest.mark.parametrize("label", [9, -1])
+def test_the_time_of_a_bad_label_is_that_of_a_run_that_fails(plan: Plan, label: int) -> None:
+    path = Path("data/sst-train.txt")
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([f"{label} ||| a film", *lines[1:]]))
+    run = next(run for run in runs_of(plan, "full") if run.method == "plain")
+    assert Estimator([], "a processor", 1).seconds(run) == (START, FAILING)
 
 
 def test_runs_are_alike_if_a_step_takes_the_same_time() -> None:

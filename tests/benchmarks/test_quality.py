@@ -151,16 +151,17 @@ def test_a_run_of_two_stages_is_run_once(
     assert sum("data/sst-dev.txt" in argv for argv in started) == 2  # `mean` of screen
 
 
+@pytest.mark.parametrize("flags", ["--lora_rank 5000", "--recipe better --pool_layer 9"])
 def test_runs_that_fail_do_not_stop_the_others(
-    started: list[list[str]], changed: Change, capsys: pytest.CaptureFixture[str]
+    flags: str, started: list[list[str]], changed: Change, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A mistake that only the model shows."""
-    changed('mean = "--pooling mean --lr 1e-2"', 'mean = "--lora_rank 5000"')
+    changed('mean = "--pooling mean --lr 1e-2"', f'mean = "{flags}"')
     status, out, _ = measure(capsys, "--stage", "screen")
     assert status == 1 and len(started) == 4
     assert out[0].endswith("2 from timed steps; 2 from runs that will fail)")
     failed = [line for line in out if "failed" in line]
-    assert failed[0].startswith("run 2 of 4: failed: --lora_rank 5000")
+    assert failed[0].startswith(f"run 2 of 4: failed: --{flags.split('--')[-1]}")
     assert failed[-1] == "failed runs: 2; the same command tries them again"
     assert [result.method for result in read_results(CSV)] == ["plain", "plain"]
     assert "| mean | 0 of 2 | not measured |" in REPORT.read_text()
