@@ -1,4 +1,4 @@
-"""The picture: for each method a dot per seed and the interval of the mean, as an SVG file.
+"""A picture: for each method a dot per seed and the interval of the mean, as an SVG file.
 
 The horizontal axis is the difference in accuracy from the baseline, which is the line at 0.
 """
@@ -13,6 +13,7 @@ from benchmarks.quality.tables import Table
 # All lengths are pixels.
 LABEL_WIDTH, PLOT_WIDTH, MARGIN = 190, 480, 24
 ROW, HEAD, FOOT = 26, 44, 40  # heights: of a method, above a panel, and of its axis
+LINE = 18  # height of a line of the legend
 FONT = "font-family='system-ui, sans-serif'"
 COLOURS = {"dev": "#084081", "test": "#c2410c"}
 LEAST_RANGE = 0.02  # of the axis, so that tiny differences do not look large
@@ -24,24 +25,26 @@ Panel = tuple[str, str, list[tuple[str, Difference | None]]]  # title, split, me
 
 
 def draw(tables: Sequence[Table]) -> str:
-    """Return the SVG of all tables that have something to show, one panel per split."""
+    """Return the SVG of the tables, one panel per split; "" if there is nothing to show."""
     panels = [panel for table in tables for panel in panels_of(table)]
+    if not panels:
+        return ""
     width = LABEL_WIDTH + PLOT_WIDTH + 2 * MARGIN
     heights = [HEAD + ROW * len(methods) + FOOT for _, _, methods in panels]
-    parts, top = [], MARGIN
+    parts = [
+        f"<text x='{MARGIN}' y='{MARGIN + LINE * i}' fill='#6b7280'>{line}</text>"
+        for i, line in enumerate(LEGEND)
+    ]
+    top = MARGIN + LINE * len(LEGEND)
     for panel, height in zip(panels, heights, strict=True):
         parts += [f"<g transform='translate({MARGIN} {top})'>", *draw_panel(panel), "</g>"]
         top += height
-    size = f"width='{width}' height='{top + MARGIN}' viewBox='0 0 {width} {top + MARGIN}'"
+    size = f"width='{width}' height='{top}' viewBox='0 0 {width} {top}'"
     return "\n".join(
         [
             f"<svg xmlns='http://www.w3.org/2000/svg' {size} {FONT} font-size='13'>",
             "<rect width='100%' height='100%' fill='white'/>",
             *parts,
-            *(
-                f"<text x='{MARGIN}' y='{top + 18 * i}' fill='#6b7280'>{line}</text>"
-                for i, line in enumerate(LEGEND)
-            ),
             "</svg>",
             "",
         ]

@@ -1,8 +1,9 @@
-"""The report: a Markdown file with a table for each checkpoint and data set, and the picture."""
+"""The report: a Markdown file with a table for each checkpoint and data set, and pictures."""
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 from benchmarks.quality.intervals import Difference, deviation
 from benchmarks.quality.picture import draw
@@ -39,39 +40,49 @@ MISSING = "not measured"
 def write_report(
     plan: Plan, tables: Sequence[Table], used: Sequence[Result], report: Path, results: Path
 ) -> None:
-    """Write the report and its picture, completely or not at all.
+    """Write the report and a picture for each stage, each file completely or not at all.
 
     Args:
         plan: that of the tables.
         tables: in their order.
         used: the results that are in the tables.
-        report: the Markdown file; the picture is beside it, with its name in lower case.
+        report: the Markdown file; for QUALITY.md the pictures are in quality-pictures/.
         results: the CSV file, to be named.
     """
-    picture = report.with_name(f"{report.stem.lower()}.svg")
-    with open_atomically(picture) as file:
-        file.write(draw(tables))
+    folder = report.with_name(f"{report.stem.lower()}-pictures")
+    pictures = {}
+    for stage in plan.stages:
+        if picture := draw([table for table in tables if table.stage is stage]):
+            folder.mkdir(exist_ok=True)
+            with open_atomically(folder / f"{stage.name}.svg") as file:
+                file.write(picture)
+            pictures[stage.name] = f"{folder.name}/{stage.name}.svg"
     with open_atomically(report) as file:
-        file.writelines(f"{line}\n" for line in lines(plan, tables, used, picture.name, results))
+        file.writelines(f"{line}\n" for line in lines(plan, tables, used, pictures, results))
 
 
 def lines(
-    plan: Plan, tables: Sequence[Table], used: Sequence[Result], picture: str, results: Path
+    plan: Plan,
+    tables: Sequence[Table],
+    used: Sequence[Result],
+    pictures: Mapping[str, str],
+    results: Path,
 ) -> Iterator[str]:
-    """Yield the lines of the report."""
+    """Yield the lines of the report, given the pictures' paths by stage."""
     command = "uv run python -m benchmarks.quality"
     default = Path(__file__).with_name("plan.toml")
     if plan.path.resolve() != default:
         command += f" --plan {plan.path}"
     yield from HEAD.format(command=command, results=results.name).split("\n")
     yield describe_origin(used)
-    if used:
-        yield from ("", f"![Differences from the baseline, by method and seed]({picture})")
     for stage in plan.stages:
         yield from ("", f"## {stage.name}", "", describe_stage(stage))
         for table in tables:
             if table.stage is stage:
                 yield from ("", f"### {table.title}", "", *table_lines(table))
+        if stage.name in pictures:
+            text = f"{stage.name}: differences from {stage.baseline}, by seed"
+            yield from ("", f"![{text}]({quote(pictures[stage.name])})")
     methods = {method: flags_as_code(plan, method) for method in plan.methods}
     yield from ("", "## The methods", "", "| method | flags |", "|---|---|")
     yield from (f"| {name} | {flags} |" for name, flags in methods.items())

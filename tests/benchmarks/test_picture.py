@@ -100,4 +100,19 @@ def test_the_picture_has_a_panel_for_each_split_that_is_measured(plan: Plan) -> 
         "full: tiny on sst, test, against plain",
         "full: tiny on cfimdb, dev, against plain",
     ]
-    assert ElementTree.fromstring(draw(make_tables(plan, runs, []))).get("width")
+    assert draw(make_tables(plan, runs, [])) == ""
+
+
+def test_the_picture_is_as_large_as_its_panels(plan: Plan) -> None:
+    """Every text lies inside."""
+    runs = {stage.name: runs_of(plan, stage.name) for stage in plan.stages}
+    results = [make_result(run, 0.5 + 0.01 * run.seed, 0.4) for run in runs["full"]]
+    root = ElementTree.fromstring(draw(make_tables(plan, runs, results)))
+    bottom = 0.0
+    for group in (root, *root.findall(f"{NAME}g")):
+        (top,) = re.findall(r"^translate\(\d+ (\d+)\)$", group.get("transform", "translate(0 0)"))
+        for text in group.findall(f"{NAME}text"):
+            y = float(top) + float(text.get("y", ""))
+            assert 10 <= y <= float(root.get("height", ""))
+            bottom = max(bottom, y)
+    assert float(root.get("height", "")) - bottom < 40  # no empty space below

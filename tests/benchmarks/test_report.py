@@ -156,7 +156,7 @@ def test_a_stage_may_compare_checkpoints(place: Path) -> None:
         "| tiny + text | 2 | .520 ± .000 | +.020 | 1.00x | 1.00x |",
     ]
     assert tables["screen: mean on sst"][2].startswith("| tiny + text | 2 | .590 ± .000 | -.010 |")
-    assert "screen: plain on sst, dev, against tiny" in Path("plan.svg").read_text()
+    assert "screen: plain on sst, dev, against tiny" in Path("plan-pictures/screen.svg").read_text()
 
 
 def test_results_of_two_checkpoints_of_one_name_are_not_mixed(plan: Plan) -> None:
@@ -180,7 +180,23 @@ def test_the_report_says_where_its_figures_come_from(plan: Plan) -> None:
     assert "`uv run python -m benchmarks.quality --plan plan.toml`" in text
     assert "The first 5 training lines; dev only, test is left unread; seeds 1, 2; " in text
     assert "| mean | `--pooling mean --lr 1e-2` |" in text
-    assert re.findall(r"!\[.*\]\((.*)\)", text) == ["plan.svg"] and Path("plan.svg").exists()
+    assert "](plan-pictures/full.svg)" in text
+
+
+def test_each_stage_has_its_own_picture(place: Path) -> None:
+    text = PLAN.replace('name = "screen"', 'name = "two (small) runs"', 1)
+    Path("plan.toml").write_text(text)
+    runs = runs_of(read_plan(Path("plan.toml")), "two (small) runs")
+    report_of([make_result(run, 0.5) for run in runs])
+    links = re.findall(r"!\[(.*)\]\((.*)\)", Path("plan.md").read_text(encoding="utf-8"))
+    assert links == [
+        (
+            "two (small) runs: differences from plain, by seed",
+            "plan-pictures/two%20%28small%29%20runs.svg",
+        )
+    ]
+    (picture,) = Path("plan-pictures").iterdir()
+    assert picture.name == "two (small) runs.svg"
 
 
 def test_results_of_no_run_are_kept_and_left_out(plan: Plan) -> None:
@@ -202,6 +218,9 @@ def test_the_committed_report_follows_from_the_committed_results(
     monkeypatch.chdir(ROOT)
     files = Files.of_plan(DEFAULT_PLAN)
     Measurement(Files(files.plan, files.results, tmp_path / files.report.name)).report()
-    for name in ("QUALITY.md", "quality.svg"):
-        committed = files.report.with_name(name).read_text(encoding="utf-8")
+    written = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.*"))
+    pictures = files.report.with_name("quality-pictures").iterdir()
+    assert written[1:] == sorted(path.relative_to(files.report.parent) for path in pictures)
+    for name in written:
+        committed = (files.report.parent / name).read_text(encoding="utf-8")
         assert (tmp_path / name).read_text(encoding="utf-8") == committed
