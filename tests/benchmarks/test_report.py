@@ -10,7 +10,9 @@ import pytest
 
 from benchmarks.quality.measurement import DEFAULT_PLAN, Files, Measurement
 from benchmarks.quality.plan import Plan, read_plan
+from benchmarks.quality.report import signed
 from benchmarks.quality.results import Result, add_result
+from benchmarks.quality.tables import make_tables
 from tests.benchmarks.conftest import PLAN, make_result, runs_of
 from tests.conftest import ROOT
 
@@ -211,16 +213,30 @@ def test_results_of_no_run_are_kept_and_left_out(plan: Plan) -> None:
     assert measurement.describe_others() == ""
 
 
-def test_the_committed_report_follows_from_the_committed_results(
+def test_the_committed_tables_follow_from_the_committed_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`uv run python -m benchmarks.quality --report` writes it again."""
+    """`uv run python -m benchmarks.quality --report` writes those of the report again."""
     monkeypatch.chdir(ROOT)
     files = Files.of_plan(DEFAULT_PLAN)
-    Measurement(Files(files.plan, files.results, tmp_path / files.report.name)).report()
+    measurement = Measurement(Files(files.plan, files.results, tmp_path / files.report.name))
+    measurement.report()
     written = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.*"))
     pictures = files.report.with_name("quality-pictures").iterdir()
     assert written[1:] == sorted(path.relative_to(files.report.parent) for path in pictures)
     for name in written:
         committed = (files.report.parent / name).read_text(encoding="utf-8")
         assert (tmp_path / name).read_text(encoding="utf-8") == committed
+    tables = make_tables(measurement.plan, measurement.runs, measurement.results)
+    (screen,) = (table for table in tables if table.stage.name == "screen")
+    rows = {row.name: row for row in screen.rows}
+    text = Path("docs/going-further.md").read_text(encoding="utf-8")
+    lines = re.findall(
+        r"^\| ([^|]+) \| `(--.+)` \| (\S+) \| (\S+) \| (\S+) \|$", text, re.MULTILINE
+    )
+    assert len(lines) == 25
+    for name, flags, *numbers in lines:
+        difference = rows[name].difference("dev")
+        assert difference is not None
+        assert numbers == [signed(value) for value in (*difference.values, difference.mean)]
+        assert set(flags.split()) <= set(measurement.plan.methods[name])
