@@ -159,7 +159,7 @@ class Measurement:
         self.report()
 
     def report(self) -> None:
-        """Write the report and its picture."""
+        """Write the report and its pictures."""
         tables, used = make_tables(self.plan, self.runs, self.results), self.used_results()
         write_report(self.plan, tables, used, self.files.report, self.files.results)
 

@@ -1,4 +1,4 @@
-"""The rows of the report's tables and picture: the results of each method of a stage."""
+"""The rows of the report's tables and pictures: the results of each method of a stage."""
 
 import math
 import statistics
