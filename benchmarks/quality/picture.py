@@ -11,7 +11,7 @@ from benchmarks.quality.intervals import Difference
 from benchmarks.quality.tables import Table
 
 # All lengths are pixels.
-LABEL_WIDTH, PLOT_WIDTH, MARGIN = 190, 480, 24
+LABEL_WIDTH, PLOT_WIDTH, MARGIN = 290, 480, 24
 ROW, HEAD, FOOT = 26, 44, 40  # heights: of a method, above a panel, and of its axis
 LINE = 18  # height of a line of the legend
 FONT = "font-family='system-ui, sans-serif'"

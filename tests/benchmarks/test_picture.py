@@ -9,18 +9,20 @@ from benchmarks.quality.intervals import Difference
 from benchmarks.quality.picture import (
     LABEL_WIDTH,
     LEAST_RANGE,
+    MARGIN,
     PLOT_WIDTH,
     axis_range,
     draw,
     draw_panel,
     ticks,
 )
-from benchmarks.quality.plan import Plan
+from benchmarks.quality.plan import NAME_LENGTH, Plan
 from benchmarks.quality.tables import make_tables
 from tests.benchmarks.conftest import make_result, runs_of
 
 NAME = "{http://www.w3.org/2000/svg}"
 STEP = 0.06  # pixels: coordinates are rounded to .1
+CHARACTER = 7.5  # pixels, with a font of 13: more than the mean of any name's characters
 
 
 def panel_of(*methods: tuple[str, Difference | None]) -> ElementTree.Element:
@@ -88,6 +90,12 @@ def test_the_axis_holds_all_dots_and_zero(size: float) -> None:
     assert low < -size / 3 and size < high and high - low >= LEAST_RANGE
     numbers = ticks(low, high)
     assert 3 <= len(numbers) <= 9 and all(low <= number <= high for number in numbers)
+
+
+def test_the_longest_name_fits_to_the_left_of_the_axis() -> None:
+    panel = panel_of(("n" * NAME_LENGTH, Difference((0.02, 0.06), 0.04, 0.03)))
+    (name,) = [text for text in panel.iter("text") if text.get("text-anchor") == "end"]
+    assert float(name.get("x", "")) + MARGIN >= NAME_LENGTH * CHARACTER
 
 
 def test_the_picture_has_a_panel_for_each_split_that_is_measured(plan: Plan) -> None:
